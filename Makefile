@@ -1,0 +1,61 @@
+# Everything a developer or CI runs. A target that needs the environment makes it first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PORT ?= 8080
+MODEL_ID ?=
+ARGS ?=
+PROTO := text_generation_proto/v1/generate.proto
+
+.PHONY: install run test test-slow check fmt lint types proto proto-check bench docker-lint clean
+
+# One stamp for the whole environment: rebuilt when what it is made from changes.
+$(VENV)/.installed: pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[dev]"
+	touch $@
+
+install: $(VENV)/.installed
+
+run: install
+	@$(BIN)/text-generation-launcher --port $(PORT) $(if $(MODEL_ID),--model-id $(MODEL_ID)) $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) proto-check
+	$(MAKE) test
+
+fmt: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: install
+	$(BIN)/mypy
+
+proto: install
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out=proto --pyi_out=proto --grpc_python_out=proto proto/$(PROTO)
+
+# The generated files are checked in: regenerate beside them and compare.
+proto-check: install
+	@set -e; fresh=$$(mktemp -d); trap 'rm -rf "$$fresh"' EXIT; \
+	$(BIN)/python -m grpc_tools.protoc -I proto --python_out="$$fresh" --pyi_out="$$fresh" --grpc_python_out="$$fresh" proto/$(PROTO); \
+	for file in "$$fresh"/text_generation_proto/v1/*; do \
+		cmp "$$file" "proto/text_generation_proto/v1/$$(basename "$$file")" || { echo "stale: run 'make proto'"; exit 1; }; \
+	done; echo "proto-check: generated files are up to date"
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

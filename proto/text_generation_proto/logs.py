@@ -1,0 +1,65 @@
+"""The JSON log line that every process writes, and the events that children send to the launcher in it.
+
+A child (router, shard, download) logs one JSON object a line to standard error. The launcher parses the
+lines and prints them for people or, with ``--json-output``, for machines. A line with a key ``event`` is a
+message to the launcher: progress of a long task, or readiness.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+_STANDARD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
+
+LEVELS = {"trace": logging.DEBUG, "debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING}
+LEVELS |= {"warning": logging.WARNING, "error": logging.ERROR, "critical": logging.CRITICAL, "off": logging.CRITICAL}
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: timestamp (RFC 3339, UTC), level, target, message, and the record's extra fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "timestamp": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds"),
+            "level": record.levelname,
+            "target": record.name,
+            "message": record.getMessage(),
+        }
+        line |= {key: value for key, value in record.__dict__.items() if key not in _STANDARD_FIELDS}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def configure_logging(level: str = "info", stream: TextIO | None = None) -> None:
+    """Send all records of this process as JSON lines to ``stream`` (standard error).
+
+    ``level`` is a TGI ``LOG_LEVEL``: a level name, or a filter such as ``info,text_generation_router=debug``.
+    Entries that name neither a level nor ``target=level`` are ignored with a warning.
+    """
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    unknown = []
+    for entry in level.lower().split(","):
+        target, _, name = entry.strip().rpartition("=")
+        if name in LEVELS:
+            logging.getLogger(target or None).setLevel(LEVELS[name])
+        elif name:
+            unknown.append(entry.strip())
+    if unknown:
+        root.warning("LOG_LEVEL: ignored %s; known levels: %s", ", ".join(unknown), ", ".join(LEVELS))
+
+
+def send_event(event: str, message: str, **fields: Any) -> None:
+    """Log ``message`` at INFO as a message to the launcher.
+
+    Events: ``progress`` (fields stage, done, total, unit) and ``ready`` (field seconds: a dict of step -> duration).
+    """
+    logging.getLogger("text_generation.events").info(message, extra={"event": event, **fields})

@@ -1,0 +1,195 @@
+"""A request on its way through the router, and the events streamed back to it."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import time
+from dataclasses import dataclass, field
+
+from text_generation_router.errors import RouterError
+
+
+class FinishReason(enum.StrEnum):
+    LENGTH = "length"
+    EOS_TOKEN = "eos_token"
+    STOP_SEQUENCE = "stop_sequence"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen; neutral values switch a step off (see ``SamplingParameters`` in the contract)."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    do_sample: bool = False
+    seed: int = 0
+    choice_index: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidRequest:
+    """A request with nothing left to doubt: checked, tokenised, defaults filled in."""
+
+    inputs: str
+    """The prompt as sent, or as rendered by the chat template."""
+    input_ids: list[int]
+    """Prompt token ids after truncation, special tokens included; at least one."""
+    sampling: Sampling
+    max_new_tokens: int
+    stop_sequences: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    top_n_tokens: int = 0
+    decoder_input_details: bool = False
+    """Report the prompt's tokens, with logprobs when the server was started with them."""
+    traceparent: str = ""
+
+
+@dataclass(slots=True)
+class Token:
+    id: int
+    text: str
+    logprob: float | None
+    special: bool
+
+
+@dataclass(slots=True)
+class PrefillToken:
+    id: int
+    text: str
+    logprob: float | None
+    """None for the first token of a prompt, which has no probability."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTimings:
+    """Durations of one generation in seconds."""
+
+    validation_s: float
+    queue_s: float
+    """From the queue's door to the first step that computes the request."""
+    inference_s: float
+    """From that first step to the last token."""
+    total_s: float
+
+    def per_token_s(self, generated_tokens: int) -> float:
+        return self.inference_s / max(generated_tokens, 1)
+
+
+@dataclass(slots=True)
+class Finished:
+    """What only the last event of a generation carries."""
+
+    generated_text: str
+    finish_reason: FinishReason
+    generated_tokens: int
+    seed: int | None
+    """None when the tokens were chosen greedily."""
+    input_length: int
+    timings: RequestTimings
+
+
+@dataclass(slots=True)
+class TokenEvent:
+    """One generated token; the last one carries ``finished``."""
+
+    index: int
+    """Counts from 1."""
+    token: Token
+    top_tokens: list[Token] | None
+    finished: Finished | None = None
+
+
+@dataclass(slots=True)
+class PrefillEvent:
+    """The prompt's tokens; comes before the first token event, only when asked for."""
+
+    tokens: list[PrefillToken]
+
+
+Event = TokenEvent | PrefillEvent
+
+
+class EventStream:
+    """Hands the events of one generation from the batching loop to the one task that answers the client.
+
+    Unbounded, but a generation has a bounded number of events. Single producer, single consumer, one event loop.
+    """
+
+    __slots__ = ("_closed", "_error", "_events", "_waiter", "cancelled")
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: RouterError | None = None
+        self._closed = False
+        self.cancelled = False
+        """The client went away: the batching loop drops the sequence at its next step."""
+
+    def put(self, event: Event) -> None:
+        self._events.append(event)
+        self._wake()
+
+    def fail(self, error: RouterError) -> None:
+        """End the stream with an error, behind the events already put."""
+        if not self._closed:
+            self._error = error
+            self._closed = True
+            self._wake()
+
+    def close(self) -> None:
+        """End the stream; the last event was put."""
+        self._closed = True
+        self._wake()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get_all(self) -> list[Event]:
+        """All events that are there, waiting for one if there is none; an empty list once the stream has ended.
+
+        Raises: the error the stream ended with, after its events were handed out.
+        """
+        while not self._events:
+            if self._error is not None:
+                raise self._error
+            if self._closed:
+                return []
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        events, self._events = self._events, []
+        return events
+
+
+@dataclass(slots=True, eq=False)
+class QueuedRequest:
+    """A valid request waiting for, or taking part in, batches; its ids are the token log that can be replayed."""
+
+    request: ValidRequest
+    request_id: int
+    validation_s: float
+    stream: EventStream = field(default_factory=EventStream)
+    output_ids: list[int] = field(default_factory=list)
+    enqueued_at: float = field(default_factory=time.perf_counter)
+    started_at: float | None = None
+    """When the first step that computes it was sent."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.input_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.input_ids) + len(self.output_ids)

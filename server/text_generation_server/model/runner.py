@@ -1,0 +1,48 @@
+"""The seam between the engine and a model: packed tokens and a paged cache in, logits out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from text_generation_server.engine.inputs import ForwardInputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What the router must know of a loaded model."""
+
+    model_type: str
+    dtype: torch.dtype
+    device: torch.device
+    attention: str
+    vocab_size: int
+    """Width of the logits."""
+    eos_token_ids: tuple[int, ...]
+    max_position_embeddings: int
+    """0 when positions are unbounded."""
+    window_size: int
+    """Smallest sliding window of any layer; 0 when there is none."""
+    kv_bytes_per_token: int
+    """On this rank, all layers, keys and values."""
+    weight_bytes: int
+    """On this rank."""
+
+
+class ModelRunner(Protocol):
+    """A loaded model on one rank."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        """Make the cache for block ids 0 .. num_blocks (block 0 is padding), zero-filled. Replaces an earlier one."""
+
+    def forward(self, inputs: ForwardInputs) -> Tensor:
+        """Run one step, writing its keys and values into the cache.
+
+        Returns: float32 logits [L, V] for the rows named by ``inputs.logits_indices_L``; the same on every rank.
+        """
