@@ -57,6 +57,25 @@ class IncompleteGeneration(RouterError):
         super().__init__("Incomplete generation")
 
 
+class IncompleteGenerationStream(RouterError):
+    """The same, seen by a streaming client: its event stream breaks off."""
+
+    error_type = "incomplete_generation_stream"
+    metric = "incomplete"
+
+    def __init__(self) -> None:
+        super().__init__("Incomplete generation stream")
+
+
+class InternalError(RouterError):
+    """A defect of ours; the log has the traceback, the client gets no detail of it."""
+
+    metric = "internal"
+
+    def __init__(self) -> None:
+        super().__init__("Internal server error")
+
+
 class Unhealthy(RouterError):
     """Readiness probe: the shards do not make progress."""
 
@@ -76,6 +95,48 @@ class ShuttingDown(RouterError):
 
     def __init__(self) -> None:
         super().__init__("Server is shutting down")
+
+
+class BodyError(Exception):
+    """A body that never becomes a request. Plain text and TGI's prefixes, as the framework under TGI answers."""
+
+    status: ClassVar[int]
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+
+
+class NotJson(BodyError):
+    """The body is no JSON document."""
+
+    status = 400
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"Failed to parse the request body as JSON: {reason}")
+
+
+class BodyTooLarge(BodyError):
+    """The body is longer than ``--payload-limit``."""
+
+    status = 413
+
+    def __init__(self) -> None:
+        super().__init__("Failed to buffer the request body: length limit exceeded")
+
+
+class UnsupportedBody(BodyError):
+    """The headers announce something that is not plain JSON."""
+
+    status = 415
+
+
+class WrongJson(BodyError):
+    """JSON, but not of this route: a wrong type, a number out of range, a missing field."""
+
+    status = 422
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"Failed to deserialize the JSON body into the target type: {reason}")
 
 
 def error_body(error: RouterError) -> dict[str, str]:

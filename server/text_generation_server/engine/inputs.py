@@ -5,9 +5,14 @@ Shape legend: T tokens of all rows of the step, R rows (sequences) of the step, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
+
+from text_generation_server.engine.batch import Row
 
 
 @dataclass(slots=True)
@@ -34,3 +39,73 @@ class ForwardInputs:
     @property
     def num_tokens(self) -> int:
         return self.input_ids_T.shape[0]
+
+
+def build_inputs(rows: Sequence[Row], *, block_size: int, device: torch.device) -> tuple[ForwardInputs, list[int]]:
+    """Pack the rows of one forward pass, decode rows first, with the logits that sampling and prompt logprobs read.
+
+    Returns: the inputs, and for each row the number of its logits, which follow each other in row order. A token
+    that is only on the device so far has id 0 here; ``engine.py`` puts the right one in.
+    """
+    num_tokens = sum(row.num_tokens for row in rows)
+    packed = np.empty((3, num_tokens), dtype=np.int64)
+    logits_indices: list[int] = []
+    logits_counts: list[int] = []
+    offset = 0
+    for row in rows:
+        sequence, end = row.sequence, offset + row.num_tokens
+        if row.is_decode:
+            block, place = divmod(row.start, block_size)
+            known = row.start < len(sequence.token_ids)
+            packed[0, offset] = sequence.token_ids[row.start] if known else 0
+            packed[1, offset] = row.start
+            packed[2, offset] = sequence.block_table[block] * block_size + place
+        else:
+            positions = np.arange(row.start, row.end)
+            blocks = np.array(sequence.block_table, dtype=np.int64)[positions // block_size]
+            packed[0, offset:end] = sequence.token_ids[row.start : row.end]
+            packed[1, offset:end] = positions
+            packed[2, offset:end] = blocks * block_size + positions % block_size
+        wanted = row.num_tokens if row.wants_prompt_logprobs else int(row.samples)
+        logits_indices.extend(range(end - wanted, end))
+        logits_counts.append(wanted)
+        offset = end
+    ids_T, positions_T, slots_T = torch.from_numpy(packed).to(device, non_blocking=True)
+    inputs = ForwardInputs(
+        input_ids_T=ids_T,
+        position_ids_T=positions_T,
+        slots_T=slots_T,
+        num_decode_rows=sum(row.is_decode for row in rows),
+        query_lens=[row.num_tokens for row in rows],
+        context_lens=[row.end for row in rows],
+        block_tables=[row.sequence.block_table for row in rows],
+        logits_indices_L=torch.tensor(logits_indices, dtype=torch.int64, device=device),
+    )
+    return inputs, logits_counts
+
+
+def split_passes(rows: Sequence[Row], max_logits_rows: int) -> list[list[Row]]:
+    """Cut a step into forward passes so that prompt logprobs never need more than ``max_logits_rows`` rows of logits.
+
+    Logits of a whole prompt would be gigabytes. Rows without prompt logprobs all go into the first pass, whole; the
+    slices of the others follow each other in order, one slice of a row in one pass.
+    """
+    passes: list[list[Row]] = []
+    left = list(rows)
+    while left:
+        budget = max_logits_rows
+        now: list[Row] = []
+        later: list[Row] = []
+        for row in left:
+            if not row.wants_prompt_logprobs:
+                now.append(row)
+                continue
+            size = min(budget, row.num_tokens)
+            budget -= size
+            if size:
+                now.append(Row(row.sequence, row.start, size, row.is_decode))
+            if size < row.num_tokens:
+                later.append(Row(row.sequence, row.start + size, row.num_tokens - size, row.is_decode))
+        passes.append(now)
+        left = later
+    return passes

@@ -1,0 +1,160 @@
+"""Launcher configuration: flags are checked and completed once, then frozen."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from pathlib import Path
+
+from text_generation_launcher.devices import Devices
+from text_generation_launcher.environment import FALSE, INVALID_HOSTNAME, is_ip
+from text_generation_launcher.errors import ArgumentValidation, NotEnoughCUDADevices
+from text_generation_launcher.flags import Flags, Switch
+
+EMBEDDED = "embedded"
+DEFAULT_MASTER_PORT = 29500
+
+TGI_ATTENTION = frozenset({"paged", "flashdecoding", "flashdecoding-ipex", "flashinfer"})
+"""TGI's back ends; ours have other names."""
+
+REFUSED = {
+    "quantize": (),
+    "speculate": ("0",),
+    "kv_cache_dtype": (),
+    "cuda_graphs": ("0",),
+    "prefix_caching": tuple(FALSE),
+    "rope_scaling": (),
+    "rope_factor": (),
+    "otlp_endpoint": (),
+    "tokenizer_config_path": (),
+    "lora_adapters": (),
+    "watermark_gamma": (),
+    "watermark_delta": (),
+    "ngrok": (),
+    "ngrok_authtoken": (),
+    "ngrok_edge": (),
+}
+"""Flags that cannot be honoured yet, and the values that ask for nothing."""
+
+
+class ModelSource(enum.Enum):
+    EMBEDDED = "embedded"
+    FOLDER = "folder"
+    HUB = "hub"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LauncherConfig:
+    flags: Flags
+    """As given, and checked. What is passed on unchanged is read from here; what is derived stands below."""
+    source: ModelSource
+    num_shard: int
+    hostname: str
+    """An IP address."""
+    max_input_tokens: int | None
+    attention: str | None
+    master_port: int
+    compute_type: str
+    """Of the header x-compute-type: ``{num_shard}-{card}``."""
+    warnings: tuple[str, ...] = ()
+
+
+def resolve(flags: Flags, devices: Devices) -> LauncherConfig:
+    """Check ``flags`` and derive what they leave open.
+
+    Raises: LauncherError, with TGI's texts where TGI has one.
+    """
+    _refuse_what_is_not_built(flags)
+    max_input_tokens = _max_input_tokens(flags)
+    if flags.max_total_tokens is not None:
+        if max_input_tokens is not None and max_input_tokens >= flags.max_total_tokens:
+            raise ArgumentValidation(
+                f"`max_input_tokens`({max_input_tokens}) must be < `max_total_tokens`({flags.max_total_tokens})"
+            )
+        if flags.max_batch_total_tokens is not None and flags.max_total_tokens > flags.max_batch_total_tokens:
+            raise ArgumentValidation(
+                f"`max_total_tokens` must be <= `max_batch_total_tokens`. "
+                f"Given: {flags.max_total_tokens} and {flags.max_batch_total_tokens}"
+            )
+    if flags.validation_workers == 0:
+        raise ArgumentValidation("`validation_workers` must be > 0")
+    num_shard = find_num_shard(flags.sharded, flags.num_shard, devices.count)
+    hostname, warnings = _hostname(flags.hostname)
+    return LauncherConfig(
+        flags=flags,
+        source=_source(flags.model_id),
+        num_shard=num_shard,
+        hostname=hostname,
+        max_input_tokens=max_input_tokens,
+        attention=_attention(flags),
+        master_port=DEFAULT_MASTER_PORT if flags.master_port is None else flags.master_port,
+        compute_type=f"{num_shard}-{devices.card or 'cpu'}",
+        warnings=warnings,
+    )
+
+
+def find_num_shard(sharded: Switch | None, num_shard: int | None, num_devices: int | None) -> int:
+    """How many shards to start; ``num_devices`` is None when no environment variable names the devices."""
+    if sharded is Switch.TRUE:
+        if num_shard is None:
+            if (num_devices or 0) <= 1:
+                raise NotEnoughCUDADevices(f"`sharded` is true but only found {num_devices or 0} CUDA devices")
+            return num_devices or 0
+        if num_shard <= 1:
+            raise ArgumentValidation("`sharded` is true but `num_shard` <= 1")
+    if num_shard is None:
+        return 1 if sharded is Switch.FALSE else max(num_devices or 1, 1)
+    if num_shard < 1:
+        raise ArgumentValidation("`num_shard` cannot be < 1")
+    return num_shard
+
+
+def _refuse_what_is_not_built(flags: Flags) -> None:
+    for name, harmless in REFUSED.items():
+        value = getattr(flags, name)
+        if not value or str(value).strip().lower() in harmless:
+            continue
+        shown = "" if value is True or "token" in name else f" {value}"
+        raise ArgumentValidation(f"`--{name.replace('_', '-')}{shown}` is not supported yet")
+
+
+def _max_input_tokens(flags: Flags) -> int | None:
+    if flags.max_input_tokens is not None and flags.max_input_length is not None:
+        raise ArgumentValidation(
+            f"Both `max_input_tokens` ({flags.max_input_tokens}) and `max_input_length` ({flags.max_input_length}) "
+            "are set. Please define only `max_input_tokens` as `max_input_length is deprecated for naming consistency. "
+        )
+    return flags.max_input_length if flags.max_input_tokens is None else flags.max_input_tokens
+
+
+def _attention(flags: Flags) -> str | None:
+    if flags.attention in TGI_ATTENTION:
+        raise ArgumentValidation(
+            f"`--attention {flags.attention}` is not supported yet; without it the best back end for the device is used"
+        )
+    if not flags.disable_custom_kernels:
+        return flags.attention
+    if flags.attention not in (None, "torch"):
+        raise ArgumentValidation(
+            f"`--disable-custom-kernels` and `--attention {flags.attention}` contradict each other"
+        )
+    return "torch"
+
+
+def _hostname(hostname: str) -> tuple[str, tuple[str, ...]]:
+    # TGI would open a server that was asked to be local to the world.
+    if hostname == "localhost":
+        return "127.0.0.1", ()
+    if is_ip(hostname):
+        return hostname, ()
+    return "0.0.0.0", (INVALID_HOSTNAME,)
+
+
+def _source(model_id: str) -> ModelSource:
+    if model_id == EMBEDDED:
+        return ModelSource.EMBEDDED
+    if Path(model_id).is_dir():
+        return ModelSource.FOLDER
+    if model_id.startswith(("/", "./", "../", "~")):
+        raise ArgumentValidation(f"`--model-id {model_id}` is no folder")
+    return ModelSource.HUB

@@ -1,0 +1,84 @@
+"""Flags from the environment: TGI's variables, the same with the prefix TGI_, and what children must not inherit."""
+
+from __future__ import annotations
+
+import enum
+import ipaddress
+from collections.abc import Mapping, MutableMapping
+
+from text_generation_launcher.flags import FlagInfo, flag_table
+
+PREFIX = "TGI_"
+
+TRUE = frozenset({"true", "1", "yes", "y", "on"})
+FALSE = frozenset({"false", "0", "no", "n", "off"})
+
+INVALID_HOSTNAME = "Invalid hostname, defaulting to 0.0.0.0"
+
+
+def adopt(environ: MutableMapping[str, str]) -> list[str]:
+    """Bring ``environ`` into the form that the command line reads; return warnings.
+
+    ``TGI_X`` replaces ``X``, unless its value cannot be the flag's: Kubernetes injects ``TGI_PORT=tcp://...``
+    beside a Service named tgi. Booleans become true and false, and commas in lists spaces.
+    """
+    warnings = []
+    for flag in flag_table():
+        own = environ.get(PREFIX + flag.variable, "")
+        if own and fits(flag, own):
+            environ[flag.variable] = own
+        elif own:
+            warnings.append(f"Ignored {PREFIX}{flag.variable}={own!r}: not a value of {option_name(flag)}")
+        value = environ.get(flag.variable, "").strip()
+        if value:
+            environ[flag.variable] = _normal(flag, value)
+    # In a container HOSTNAME is the container's id, not a wish.
+    if (hostname := environ.get("HOSTNAME", "")) and not is_ip(hostname):
+        warnings.append(INVALID_HOSTNAME)
+        del environ["HOSTNAME"]
+    return warnings
+
+
+def without_flags(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without any flag: children are told by argv and by what `plan.py` sets, once."""
+    mine = {flag.variable for flag in flag_table()}
+    mine |= {PREFIX + variable for variable in mine}
+    return {name: value for name, value in environ.items() if name not in mine}
+
+
+def option_name(flag: FlagInfo) -> str:
+    return "--" + flag.name.replace("_", "-")
+
+
+def fits(flag: FlagInfo, value: str) -> bool:
+    """Whether ``value`` is one that the flag can have."""
+    if flag.kind is bool:
+        return value.lower() in TRUE | FALSE
+    if flag.name == "hostname":
+        return is_ip(value)
+    if issubclass(flag.kind, enum.Enum):
+        return _normal(flag, value) in [member.value for member in flag.kind]
+    if flag.kind not in (int, float):
+        return "://" not in value or flag.name in ("cors_allow_origin", "otlp_endpoint")
+    try:
+        number = flag.kind(value)
+    except ValueError:
+        return False
+    return (flag.minimum is None or number >= flag.minimum) and (flag.maximum is None or number <= flag.maximum)
+
+
+def is_ip(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _normal(flag: FlagInfo, value: str) -> str:
+    if flag.kind is list:
+        return " ".join(value.replace(",", " ").split())
+    if flag.kind is bool or flag.name == "sharded":
+        word = value.lower()
+        return "true" if word in TRUE else "false" if word in FALSE else value
+    return value

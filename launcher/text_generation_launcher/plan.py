@@ -1,0 +1,213 @@
+"""Pure: configuration -> the processes to start. Nothing here looks at the machine."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from text_generation_launcher.config import LauncherConfig, ModelSource
+from text_generation_launcher.environment import without_flags
+from text_generation_launcher.flags import Flags
+
+HUB_TOKENS = ("HF_API_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""First found wins, as in TGI."""
+
+ROUTER_FLAGS = (
+    "max_concurrent_requests",
+    "max_best_of",
+    "max_stop_sequences",
+    "max_top_n_tokens",
+    "max_total_tokens",
+    "waiting_served_ratio",
+    "max_batch_prefill_tokens",
+    "max_batch_total_tokens",
+    "max_waiting_tokens",
+    "max_batch_size",
+    "max_client_batch_size",
+    "validation_workers",
+    "payload_limit",
+    "disable_grammar_support",
+    "graceful_termination_timeout",
+    "port",
+    "prometheus_port",
+    "cors_allow_origin",
+)
+"""Flags that the router takes under the same name, unchanged."""
+
+
+class Role(enum.Enum):
+    DOWNLOAD = "download"
+    SHARD = "shard"
+    ROUTER = "webserver"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessSpec:
+    """One child process."""
+
+    role: Role
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    """The whole environment, not an addition."""
+    rank: int = 0
+
+    @property
+    def span(self) -> dict[str, Any] | None:
+        """TGI's log span of the child's lines."""
+        if self.role is Role.SHARD:
+            return {"rank": self.rank, "name": "shard-manager"}
+        return {"name": "download"} if self.role is Role.DOWNLOAD else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """What is different in every launch."""
+
+    nonce: str
+    """The router speaks only to shards that carry it."""
+    uds_path: str
+    """Socket of rank r: ``{uds_path}-{r}``."""
+    environ: Mapping[str, str]
+    """The launcher's own environment."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    download: ProcessSpec | None
+    shards: tuple[ProcessSpec, ...]
+    router: ProcessSpec
+
+    def pinned(self, sha: str) -> Plan:
+        """The same with every shard at commit ``sha``: the branch may move between download and load."""
+        return replace(
+            self, shards=tuple(replace(shard, argv=_with_revision(shard.argv, sha)) for shard in self.shards)
+        )
+
+
+def make_plan(config: LauncherConfig, launch: Launch) -> Plan:
+    from_hub = config.source is ModelSource.HUB
+    return Plan(
+        download=_download(config, launch) if from_hub else None,
+        shards=tuple(_shard(config, launch, rank) for rank in range(config.num_shard)),
+        router=_router(config, launch),
+    )
+
+
+def _download(config: LauncherConfig, launch: Launch) -> ProcessSpec:
+    flags = config.flags
+    return ProcessSpec(
+        role=Role.DOWNLOAD,
+        argv=(
+            *_python("text_generation_server", "download-weights", flags.model_id),
+            *to_argv(flags, ("revision", "trust_remote_code")),
+            "--json-output",
+        ),
+        env=_base_env(launch) | _hub_env(config, launch),
+    )
+
+
+def _shard(config: LauncherConfig, launch: Launch, rank: int) -> ProcessSpec:
+    flags = config.flags
+    argv = [
+        *_python("text_generation_server", "serve", flags.model_id),
+        *to_argv(flags, ("revision", "dtype", "trust_remote_code")),
+        *(("--sharded",) if config.num_shard > 1 else ()),
+        *("--uds-path", launch.uds_path),
+        *_given("--max-input-tokens", config.max_input_tokens),
+        "--json-output",
+    ]
+    env = _base_env(launch) | _hub_env(config, launch)
+    env |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(config.num_shard),
+        "MASTER_ADDR": flags.master_addr,
+        "MASTER_PORT": str(config.master_port),
+        "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
+        "CUDA_MEMORY_FRACTION": str(flags.cuda_memory_fraction),
+        "PREFIX_CACHING": "0",
+    }
+    optional = {
+        "MAX_TOTAL_TOKENS": flags.max_total_tokens,
+        "MAX_BATCH_SIZE": flags.max_batch_size,
+        "ATTENTION": config.attention,
+        "REQUEST_LOGPROBS": "1" if flags.enable_prefill_logprobs else None,
+    }
+    env |= {name: str(value) for name, value in optional.items() if value is not None}
+    return ProcessSpec(role=Role.SHARD, argv=tuple(argv), env=env, rank=rank)
+
+
+def _router(config: LauncherConfig, launch: Launch) -> ProcessSpec:
+    flags = config.flags
+    argv = (
+        *_python("text_generation_router"),
+        *("--hostname", config.hostname, "--master-shard-uds-path", f"{launch.uds_path}-0"),
+        *_given("--max-input-tokens", config.max_input_tokens),
+        *to_argv(flags, ROUTER_FLAGS),
+        "--json-output",
+    )
+    env = _base_env(launch)
+    # The router faces the internet and needs nothing from the hub.
+    for name in HUB_TOKENS:
+        env.pop(name, None)
+    env.setdefault("COMPUTE_TYPE", config.compute_type)
+    if flags.api_key is not None:
+        env["API_KEY"] = flags.api_key  # not on argv, where every user of the machine can read it
+    return ProcessSpec(role=Role.ROUTER, argv=argv, env=env)
+
+
+def to_argv(flags: Flags, names: Sequence[str]) -> list[str]:
+    """The named fields as command-line flags; None and false are left out, lists repeat their flag."""
+    argv: list[str] = []
+    for name in names:
+        argv += _given("--" + name.replace("_", "-"), getattr(flags, name))
+    return argv
+
+
+def _given(flag: str, value: Any) -> list[str]:
+    if value is None or value is False:
+        return []
+    if value is True:
+        return [flag]
+    return [word for item in (value if isinstance(value, list) else [value]) for word in (flag, str(item))]
+
+
+def _python(module: str, *arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", module, *arguments)
+
+
+def _base_env(launch: Launch) -> dict[str, str]:
+    env = without_flags(launch.environ)
+    env |= {
+        "TGI_LAUNCHER_NONCE": launch.nonce,
+        "TGI_INCARNATION": "1",
+        "PYTHONUNBUFFERED": "1",
+        # `-m` would look for modules in the current folder first, whatever lies there.
+        "PYTHONSAFEPATH": "1",
+    }
+    if level := launch.environ.get("LOG_LEVEL"):
+        # Readiness and progress are log lines at INFO: they must come through at every level.
+        env["LOG_LEVEL"] = f"{level},text_generation.events=info"
+    return env
+
+
+def _hub_env(config: LauncherConfig, launch: Launch) -> dict[str, str]:
+    flags = config.flags
+    env = {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    token = next((launch.environ[name] for name in HUB_TOKENS if launch.environ.get(name)), None)
+    if token is not None:
+        env["HF_TOKEN"] = token
+    if flags.huggingface_hub_cache is not None:
+        env["HUGGINGFACE_HUB_CACHE"] = env["HF_HUB_CACHE"] = flags.huggingface_hub_cache
+    if flags.weights_cache_override is not None:
+        env["WEIGHTS_CACHE_OVERRIDE"] = flags.weights_cache_override
+    return env
+
+
+def _with_revision(argv: tuple[str, ...], sha: str) -> tuple[str, ...]:
+    if "--revision" not in argv:
+        return (*argv, "--revision", sha)
+    at = argv.index("--revision") + 1
+    return (*argv[:at], sha, *argv[at + 1 :])

@@ -1,0 +1,100 @@
+"""Ports and socket paths: found taken before anything heavy starts, and private to one launch."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from text_generation_launcher.errors import CannotListen
+
+_LONGEST_PATH = 100
+"""A unix socket's path has room for 107 bytes; the shards append ``-{rank}``."""
+
+
+def check_port(hostname: str, port: int) -> None:
+    """Raises: CannotListen, when the HTTP port is taken or may not be used."""
+    if reason := _why_not(hostname, port):
+        raise CannotListen(reason)
+
+
+def _why_not(hostname: str, port: int) -> str | None:
+    family = socket.AF_INET6 if ":" in hostname else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            # As the router will: a connection in TIME_WAIT does not hold the port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((hostname, port))
+            probe.listen(1)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return (
+                f"Port {port} on {hostname} is already in use: choose another with --port, "
+                "or stop the process that holds it"
+            )
+        return f"Cannot listen on {hostname} port {port}: {os.strerror(error.errno or 0)}"
+    return None
+
+
+def free_master_port(preferred: int) -> int:
+    """``preferred`` when it is free, else one that the system chooses."""
+    if _why_not("127.0.0.1", preferred) is None:
+        return preferred
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def socket_path(given: str | None, num_shard: int) -> Iterator[str]:
+    """Path of the shards' sockets without ``-{rank}``: ``given``, or in a private folder removed at the end.
+
+    Raises: CannotListen, when the folder cannot be made or a given socket belongs to a living server.
+    """
+    if given is not None:
+        for rank in range(num_shard):
+            _remove_stale(Path(f"{given}-{rank}"))
+        yield given
+        return
+    folder = _private_folder()
+    try:
+        yield str(folder / "shard")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _private_folder() -> Path:
+    """A fresh folder that only this user can enter (mkdtemp makes it 0700)."""
+    prefix = "text-generation-"
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=prefix))
+        if len(os.fsencode(folder)) > _LONGEST_PATH:
+            folder.rmdir()
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))
+    except OSError as error:
+        where = error.filename or tempfile.gettempdir()
+        raise CannotListen(
+            f"Cannot make a folder for the shards' sockets ({where}: {error.strerror}): set TMPDIR or --shard-uds-path"
+        ) from None
+    return folder
+
+
+def _remove_stale(path: Path) -> None:
+    if not path.is_socket():
+        if path.exists():
+            raise CannotListen(f"{path} is not a socket: choose another --shard-uds-path")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise CannotListen(f"Cannot make the socket {path}: {path.parent} is missing or not writable")
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            path.unlink(missing_ok=True)
+            return
+    raise CannotListen(f"The socket {path} belongs to a running server: choose another --shard-uds-path")

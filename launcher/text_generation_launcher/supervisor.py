@@ -1,0 +1,220 @@
+"""Start the processes, wait until they are ready, watch them, and stop them in order.
+
+A launch goes through four phases, DOWNLOADING -> STARTING -> SERVING -> STOPPING. Each waits on futures
+of its children and on nothing else, so an idle launcher takes no CPU time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import os
+import signal
+import time
+from collections.abc import Callable
+
+from text_generation_launcher.errors import (
+    DownloadError,
+    LauncherError,
+    ShardCannotStart,
+    ShardFailed,
+    WebserverFailed,
+)
+from text_generation_launcher.logs import LogSink
+from text_generation_launcher.plan import Plan, ProcessSpec
+from text_generation_launcher.process import Child, Seconds
+
+WAITING_S = 10.0
+"""How often a launch that takes long says that it is still waiting."""
+SHORT_GRACE_S = 5.0
+"""For a process that has no request to finish."""
+FAILURE_GRACE_S = 10.0
+"""For a router whose shards are gone: enough to answer its clients with an error."""
+_SETTLE_S = 0.3
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Phase(enum.Enum):
+    DOWNLOADING = enum.auto()
+    STARTING = enum.auto()
+    SERVING = enum.auto()
+    STOPPING = enum.auto()
+
+
+class Supervisor:
+    """Owns the children of one launch."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        log: LogSink,
+        *,
+        grace_s: float,
+        on_ready: Callable[[Seconds], None] = lambda _: None,
+    ) -> None:
+        self._plan = plan
+        self._log = log
+        self._grace_s = grace_s
+        self._on_ready = on_ready
+        self._phase = Phase.DOWNLOADING
+        self._children: list[Child] = []
+        self._shards: list[Child] = []
+        self._router: Child | None = None
+        self._second_signal: int | None = None
+        # The write end is ours alone and never written to: when we are gone, the children read end-of-file.
+        self._lifeline, self._lifeline_held = os.pipe()
+
+    async def run(self) -> int:
+        """Serve until a signal asks to stop; returns the exit code: 0, or 128 + n when signal n came twice.
+
+        Raises: LauncherError, when a process ended that should not have.
+        """
+        loop = asyncio.get_running_loop()
+        life = asyncio.create_task(self._live())
+        handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        for number in handled:
+            loop.add_signal_handler(number, self._on_signal, number, life)
+        try:
+            await asyncio.wait([life])
+            self._phase, stopped_in = Phase.STOPPING, self._phase
+            if life.cancelled():
+                await self._stop(stopped_in)
+                return 0 if self._second_signal is None else 128 + self._second_signal
+            await self._stop_after_failure(stopped_in)
+            await life
+            return 0
+        finally:
+            for child in self._children:
+                if child.alive:
+                    await child.kill()
+            for number in handled:
+                loop.remove_signal_handler(number)
+            os.close(self._lifeline)
+            os.close(self._lifeline_held)
+
+    def _on_signal(self, number: int, life: asyncio.Task[None]) -> None:
+        if not life.done() and not life.cancelling():
+            self._log.info(f"Received {signal.Signals(number).name}, stopping")
+            life.cancel()
+            return
+        self._log.warning(f"Received {signal.Signals(number).name} again, killing all processes")
+        self._second_signal = number
+        for child in self._children:
+            if child.alive:
+                child.kill_group()
+
+    # -- the phases ---------------------------------------------------------------------------------
+
+    async def _live(self) -> None:
+        started = time.monotonic()
+        seconds: Seconds = {}
+        if self._plan.download is not None:
+            sha = await self._download(self._plan.download)
+            seconds["download"] = time.monotonic() - started
+            if sha:
+                self._plan = self._plan.pinned(sha)
+        self._phase = Phase.STARTING
+        seconds |= await self._start()
+        self._phase = Phase.SERVING
+        self._on_ready(seconds | {"total": time.monotonic() - started})
+        await self._serve()
+
+    async def _download(self, spec: ProcessSpec) -> str:
+        self._log.info("Starting check and download process", spec.span)
+        child = await self._spawn(spec)
+        if await child.exited != 0:
+            child.log_end()
+            raise DownloadError(f"Download encountered an error: {child.reason}")
+        self._log.info("Successfully downloaded weights", spec.span)
+        return child.resolved_sha
+
+    async def _start(self) -> Seconds:
+        """Start the shards and the router at once; the duration of each step of theirs, the slowest rank's."""
+        started = time.monotonic()
+        for spec in self._plan.shards:
+            self._log.info("Starting shard", spec.span)
+            self._shards.append(await self._spawn(spec))
+        self._log.info("Starting Webserver")
+        self._router = await self._spawn(self._plan.router)
+        waiting = set(self._children_of_the_group())
+        while waiting:
+            futures = [child.ready for child in waiting] + [child.exited for child in self._children_of_the_group()]
+            await asyncio.wait(futures, timeout=WAITING_S, return_when=asyncio.FIRST_COMPLETED)
+            if any(child.exited.done() for child in self._children_of_the_group()):
+                raise await self._failure_while_starting()
+            became_ready = {child for child in waiting if child.ready.done()}
+            for child in became_ready & set(self._shards):
+                self._log.info(f"Shard ready in {time.monotonic() - started:.2f}s", child.spec.span)
+            waiting -= became_ready
+            if not became_ready:
+                for child in waiting:
+                    self._log.info(f"Waiting for {child.name} to be ready...", child.spec.span)
+        seconds: Seconds = {}
+        for child in self._children_of_the_group():
+            for step, spent in child.ready.result().items():
+                seconds[step] = max(spent, seconds.get(step, 0.0))
+        return seconds
+
+    async def _serve(self) -> None:
+        """Wait for the first end, which nobody asked for."""
+        await asyncio.wait(self._exits(), return_when=asyncio.FIRST_COMPLETED)
+        child = await self._first_dead()
+        child.log_end()
+        if child is self._router:
+            raise WebserverFailed(f"Webserver Crashed: {child.reason}")
+        raise ShardFailed(f"Shard {child.spec.rank} crashed: {child.reason}")
+
+    async def _failure_while_starting(self) -> LauncherError:
+        child = await self._first_dead()
+        child.log_end()
+        if child is self._router:
+            return WebserverFailed(f"Webserver failed to start: {child.reason}")
+        return ShardCannotStart(f"Shard {child.spec.rank} failed to start: {child.reason}")
+
+    async def _first_dead(self) -> Child:
+        """The child whose end explains the others': a shard before the router, and of several the first."""
+        await asyncio.wait(self._exits(), timeout=_SETTLE_S)
+        dead = [child for child in self._children_of_the_group() if child.exited.done()]
+        return min(dead, key=lambda child: (child is self._router, child.exit_time))
+
+    # -- the end ------------------------------------------------------------------------------------
+
+    async def _stop(self, stopped_in: Phase) -> None:
+        """On request: the router first, which finishes its requests, then the shards."""
+        if self._router is not None:
+            # The router ends by itself when its grace is over; it gets a little more to say so to its clients.
+            serving = stopped_in is Phase.SERVING
+            await self._router.terminate(self._grace_s + SHORT_GRACE_S if serving else SHORT_GRACE_S)
+        await self._stop_shards()
+        others = [child for child in self._children if child.alive]
+        await asyncio.gather(*(child.terminate(FAILURE_GRACE_S) for child in others))
+
+    async def _stop_after_failure(self, stopped_in: Phase) -> None:
+        """The rest of a rank group hangs in a collective: it is killed at once. The router may tell its clients."""
+        if any(child.exited.done() for child in self._shards):
+            for child in self._shards:
+                if child.alive:
+                    await child.kill()
+        if self._router is not None:
+            serving = stopped_in is Phase.SERVING
+            await self._router.terminate(min(self._grace_s, FAILURE_GRACE_S) if serving else SHORT_GRACE_S)
+        await self._stop_shards()
+
+    async def _stop_shards(self) -> None:
+        if any(child.alive for child in self._shards):
+            self._log.info("Shutting down shards")
+        await asyncio.gather(*(child.terminate(SHORT_GRACE_S) for child in self._shards))
+
+    # -- children -----------------------------------------------------------------------------------
+
+    async def _spawn(self, spec: ProcessSpec) -> Child:
+        child = await Child.start(spec, self._log, self._lifeline)
+        self._children.append(child)
+        return child
+
+    def _children_of_the_group(self) -> list[Child]:
+        return [*self._shards, *([self._router] if self._router is not None else [])]
+
+    def _exits(self) -> list[asyncio.Future[int]]:
+        return [child.exited for child in self._children_of_the_group()]

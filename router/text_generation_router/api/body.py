@@ -1,0 +1,107 @@
+"""From the bytes of a request to a typed body, within the limits, with the errors of the framework under TGI."""
+
+from __future__ import annotations
+
+import re
+from typing import TypeVar
+
+import msgspec
+from starlette.types import Receive, Scope
+
+from text_generation_router.api.disconnect import ClientGone
+from text_generation_router.errors import BodyTooLarge, NotJson, UnsupportedBody, WrongJson
+
+MAX_DEPTH = 64
+"""Levels of arrays and objects in a body. No body of ours needs a dozen."""
+
+_STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+Body = TypeVar("Body")
+
+
+def header(scope: Scope, name: bytes) -> bytes | None:
+    """First header of that name (lower case), None when there is none."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return bytes(value)
+    return None
+
+
+async def read_json(scope: Scope, receive: Receive, decoder: msgspec.json.Decoder[Body], limit: int) -> Body:
+    """Read the body, at most ``limit`` bytes of it, and decode it.
+
+    Raises: BodyError (400, 413, 415, 422); ClientGone when the connection ends first.
+    """
+    _check_headers(scope)
+    return decode(await _read(scope, receive, limit), decoder)
+
+
+def decode(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
+    """Decode strictly. Raises: NotJson, WrongJson."""
+    try:
+        if _is_too_deep(body):
+            raise NotJson(f"recursion limit exceeded: more than {MAX_DEPTH} levels")
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise WrongJson(_reason(str(error))) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise NotJson(str(error)) from None
+    except RecursionError:
+        raise NotJson("recursion limit exceeded") from None
+
+
+def _check_headers(scope: Scope) -> None:
+    encoding = header(scope, b"content-encoding")
+    if encoding is not None and encoding.strip().lower() not in (b"", b"identity"):
+        # A compressed body would pass the size limit and unfold behind it.
+        raise UnsupportedBody("Expected request without `Content-Encoding`")
+    content_type = header(scope, b"content-type") or b""
+    kind, _, subtype = content_type.split(b";", 1)[0].strip().lower().partition(b"/")
+    if kind != b"application" or not (subtype == b"json" or subtype.endswith(b"+json")):
+        raise UnsupportedBody("Expected request with `Content-Type: application/json`")
+
+
+async def _read(scope: Scope, receive: Receive, limit: int) -> bytes:
+    length = header(scope, b"content-length")
+    if length is not None and length.isdigit() and int(length[:20]) > limit:
+        raise BodyTooLarge
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > limit:
+            raise BodyTooLarge
+        if not message.get("more_body", False):
+            return b"".join(chunks) + chunk if chunks else chunk
+        chunks.append(chunk)
+
+
+def _is_too_deep(body: bytes) -> bool:
+    """Whether brackets nest deeper than MAX_DEPTH, without a Python loop over the bytes.
+
+    An unbalanced body is left to the decoder, which refuses it.
+    """
+    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
+        return False
+    brackets = _STRINGS.sub(b"", body).translate(None, _NOT_BRACKETS)
+    for _ in range(MAX_DEPTH):
+        inner = brackets.replace(b"[]", b"").replace(b"{}", b"")
+        if len(inner) == len(brackets):
+            return False
+        brackets = inner
+    return bool(brackets)
+
+
+def _reason(message: str) -> str:
+    """msgspec's message with the path in front, where serde puts it."""
+    reason, _, path = message.rpartition(" - at `$")
+    if not reason:
+        return message.replace("Object missing required field", "missing field")
+    reason = reason.replace("Object missing required field", "missing field")
+    path = path.rstrip("`").lstrip(".")
+    return f"{path}: {reason}" if path else reason

@@ -1,0 +1,161 @@
+"""Events of a generation -> text/event-stream, written to the connection without a layer in between."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import msgspec
+from starlette.types import Send
+
+from text_generation_router.api.disconnect import ClientGone
+from text_generation_router.api.schemas import StreamDetails, StreamResponse, TokenBody
+from text_generation_router.errors import IncompleteGeneration, IncompleteGenerationStream, RouterError, error_body
+from text_generation_router.inference import Generation
+from text_generation_router.scheduling.requests import Event, Finished, PrefillEvent, Token
+
+KEEP_ALIVE_S = 15.0
+"""Silence after which a comment is sent, so that no proxy takes the connection for dead."""
+FIRST_EVENT_S = 10.0
+"""How long the status line waits for the first token, in order to carry the status of a failure."""
+WRITE_STALL_S = 60.0
+"""A client that takes nothing off its connection for so long counts as gone."""
+
+KEEP_ALIVE = b":\n\n"
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+_encode = msgspec.json.Encoder().encode
+
+
+def frame(payload: object) -> bytes:
+    """One event with a JSON body; nothing else is ever named in an event."""
+    return b"data: " + _encode(payload) + b"\n\n"
+
+
+def error_frame(error: RouterError) -> bytes:
+    return frame(error_body(error))
+
+
+def token_body(token: Token) -> TokenBody:
+    """The token as TGI prints it: logprobs are 32-bit floats, whose digits end at the seventh."""
+    logprob = token.logprob
+    return TokenBody(token.id, token.text, None if logprob is None else float(f"{logprob:.7g}"), token.special)
+
+
+class EventStreamResponse:
+    """A response whose body is written event by event, with comments in between when nothing comes."""
+
+    def __init__(self, send: Send, headers: Headers) -> None:
+        self.started = False
+        self._send = send
+        self._headers = headers
+        self._written_at = 0.0
+        self._is_writing = False
+
+    async def start(self) -> None:
+        """Send the status line and the headers, if they were not sent yet."""
+        if not self.started:
+            self.started = True
+            self._written_at = time.monotonic()
+            await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
+
+    async def write(self, frames: bytes) -> None:
+        self._is_writing = True
+        self._written_at = time.monotonic()
+        await self._send({"type": "http.response.body", "body": frames, "more_body": True})
+        self._is_writing = False
+
+    async def end(self, frames: bytes) -> None:
+        """Send the last events; the connection is free for the next request."""
+        await self._send({"type": "http.response.body", "body": frames, "more_body": False})
+
+    @asynccontextmanager
+    async def attended(self) -> AsyncIterator[None]:
+        """While inside: keep a silent stream alive, and raise ClientGone in the body when the client stops reading."""
+        try:
+            async with asyncio.timeout(None) as limit:
+                attendant = asyncio.create_task(self._attend(limit))
+                try:
+                    yield
+                finally:
+                    attendant.cancel()
+        except TimeoutError:
+            raise ClientGone from None
+
+    async def _attend(self, limit: asyncio.Timeout) -> None:
+        while True:
+            patience = WRITE_STALL_S if self._is_writing else KEEP_ALIVE_S
+            rest = self._written_at + patience - time.monotonic()
+            if rest > 0:
+                # A write that blocks meanwhile is judged by its own limit at the next look.
+                await asyncio.sleep(min(rest, KEEP_ALIVE_S))
+            elif self._is_writing:
+                limit.reschedule(asyncio.get_running_loop().time())
+                return
+            else:
+                await self.write(KEEP_ALIVE)
+
+
+async def relay(generation: Generation, response: EventStreamResponse, *, prefix: str, details: bool) -> Relayed:
+    """Write the events of a generation as they come, all but the last batch of them.
+
+    ``prefix`` goes before the whole text in the last event, ``details`` asks for its details. The status line waits
+    for the first event, so a generation that fails at once raises before anything was sent.
+    Raises: RouterError, ClientGone.
+    """
+    first = asyncio.ensure_future(generation.next_events())
+    try:
+        await asyncio.wait((first,), timeout=FIRST_EVENT_S)
+        if not first.done():
+            await response.start()
+            await response.write(KEEP_ALIVE)
+        elif first.exception() is None:
+            await response.start()
+        async with response.attended():
+            events = await first
+            while True:
+                frames, finished = to_frames(events, prefix=prefix, details=details)
+                if finished is not None:
+                    return Relayed(frames, finished)
+                if frames:
+                    await response.write(frames)
+                events = await generation.next_events()
+    except IncompleteGeneration:
+        raise IncompleteGenerationStream from None
+    finally:
+        first.cancel()
+
+
+class Relayed(msgspec.Struct):
+    """What is left of a relayed generation: the frames to end with, and what the last event said."""
+
+    last_frames: bytes
+    finished: Finished
+
+
+def to_frames(events: Sequence[Event], *, prefix: str, details: bool) -> tuple[bytes, Finished | None]:
+    """One frame for each token, in one piece, and the end of the generation if it is among them."""
+    frames: list[bytes] = []
+    finished: Finished | None = None
+    for event in events:
+        if isinstance(event, PrefillEvent):
+            continue  # a stream never asks for it
+        response = StreamResponse(event.index, token_body(event.token))
+        if event.top_tokens:
+            response.top_tokens = [token_body(token) for token in event.top_tokens]
+        finished = event.finished
+        if finished is not None:
+            response.generated_text = prefix + finished.generated_text
+            if details:
+                response.details = StreamDetails(
+                    finish_reason=finished.finish_reason.value,
+                    generated_tokens=finished.generated_tokens,
+                    seed=finished.seed,
+                    input_length=finished.input_length,
+                )
+        frames.append(frame(response))
+    return b"".join(frames), finished
+

@@ -1,0 +1,225 @@
+"""The one door to the model: permit -> validate -> enqueue -> stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from text_generation_router.api.schemas import GenerateRequest
+from text_generation_router.config import Limits
+from text_generation_router.errors import IncompleteGeneration, Overloaded, RouterError, ShuttingDown
+from text_generation_router.metrics import Metrics
+from text_generation_router.scheduling.batcher import Batcher
+from text_generation_router.scheduling.requests import (
+    Event,
+    Finished,
+    PrefillEvent,
+    PrefillToken,
+    QueuedRequest,
+    RequestTimings,
+    Token,
+)
+from text_generation_router.tokenizer import RouterTokenizer
+from text_generation_router.validation import build_request, check_parameters, check_shape
+
+
+@dataclass(slots=True)
+class Choice:
+    """One whole generation."""
+
+    finished: Finished
+    tokens: list[Token]
+    prefill: list[PrefillToken] = field(default_factory=list)
+    top_tokens: list[list[Token]] = field(default_factory=list)
+    """One list for each token when they were asked for, else empty."""
+
+    def mean_logprob(self) -> float:
+        """What `best_of` compares."""
+        return sum(token.logprob or 0.0 for token in self.tokens) / max(len(self.tokens), 1)
+
+
+@dataclass(slots=True)
+class GenerationResult:
+    """The answer to a request that is not streamed."""
+
+    inputs: str
+    best: Choice
+    others: list[Choice]
+    timings: RequestTimings
+    prompt_tokens: int
+    generated_tokens: int
+
+
+class Generation:
+    """One running generation. Leaving the context cancels what still runs and returns the permit."""
+
+    def __init__(self, queued: QueuedRequest, batcher: Batcher, permit: Permit) -> None:
+        self.inputs = queued.request.inputs
+        self.input_length = queued.num_prompt_tokens
+        self.validation_s = queued.validation_s
+        self.request = queued.request
+        self._queued = queued
+        self._batcher = batcher
+        self._permit = permit
+        self._finished = False
+
+    async def next_events(self) -> list[Event]:
+        """All events that are there, at least one; an empty list once the last one was handed out.
+
+        Raises: RouterError when the generation failed, IncompleteGeneration when it ended without its last token.
+        """
+        events = await self._queued.stream.get_all()
+        if not events and not self._finished:
+            raise IncompleteGeneration()
+        if events and not isinstance(events[-1], PrefillEvent) and events[-1].finished is not None:
+            self._finished = True
+        return events
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what still runs and return the permit; twice is harmless."""
+        self._batcher.cancel(self._queued)
+        self._permit.release()
+
+
+class Permit:
+    """A place among ``max_concurrent_requests``, given back once."""
+
+    __slots__ = ("_permits",)
+
+    def __init__(self, permits: Permits) -> None:
+        self._permits: Permits | None = permits
+
+    def release(self) -> None:
+        if self._permits is not None:
+            self._permits.num_taken -= 1
+            self._permits = None
+
+
+class Permits:
+    """Counts the requests inside the server; none left is an immediate refusal, never a wait."""
+
+    def __init__(self, max_concurrent_requests: int) -> None:
+        self.limit = max_concurrent_requests
+        self.num_taken = 0
+
+    def take(self) -> Permit:
+        """Raises: Overloaded."""
+        if self.num_taken >= self.limit:
+            raise Overloaded()
+        self.num_taken += 1
+        return Permit(self)
+
+
+class Inference:
+    def __init__(
+        self,
+        batcher: Batcher,
+        tokenizer: RouterTokenizer,
+        limits: Limits,
+        metrics: Metrics,
+        max_concurrent_requests: int,
+    ) -> None:
+        self.limits = limits
+        self.permits = Permits(max_concurrent_requests)
+        self.draining = False
+        self._batcher = batcher
+        self._tokenizer = tokenizer
+        self._metrics = metrics
+        self._next_request_id = 0
+
+    def ready(self) -> bool:
+        """Whether a request sent now would be served: the shards make progress and nothing drains."""
+        return not self.draining and self._batcher.ready()
+
+    async def stream(self, request: GenerateRequest, *, traceparent: str = "") -> Generation:
+        """Start a generation whose events are read one by one.
+
+        Raises: ShuttingDown, Overloaded (before anything is validated), ValidationError. Never waits for a token.
+        """
+        check_shape(request, self.limits, streaming=True)
+        return await self._start(request, traceparent)
+
+    async def generate(self, request: GenerateRequest, *, traceparent: str = "") -> GenerationResult:
+        """Run a request to its end; with ``best_of`` several generations at once, each with a permit of its own.
+
+        Raises: RouterError. When one generation fails the others are cancelled.
+        """
+        check_shape(request, self.limits, streaming=False)
+        copies = max(request.parameters.best_of or 1, 1)
+        if copies == 1:
+            choices = [await self._complete(request, traceparent)]
+        else:
+            tasks: list[asyncio.Task[Choice]] = []
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks += [group.create_task(self._complete(request, traceparent)) for _ in range(copies)]
+            except* RouterError as errors:
+                raise _first_error(errors) from None
+            choices = [task.result() for task in tasks]
+        best = max(choices, key=Choice.mean_logprob)
+        return GenerationResult(
+            inputs=request.inputs,
+            best=best,
+            others=[choice for choice in choices if choice is not best],
+            timings=best.finished.timings,
+            prompt_tokens=best.finished.input_length,
+            generated_tokens=sum(choice.finished.generated_tokens for choice in choices),
+        )
+
+    async def _complete(self, request: GenerateRequest, traceparent: str) -> Choice:
+        tokens: list[Token] = []
+        top_tokens: list[list[Token]] = []
+        prefill: list[PrefillToken] = []
+        async with await self._start(request, traceparent) as generation:
+            while True:
+                for event in await generation.next_events():
+                    if isinstance(event, PrefillEvent):
+                        prefill = event.tokens
+                        continue
+                    tokens.append(event.token)
+                    if event.top_tokens is not None:
+                        top_tokens.append(event.top_tokens)
+                    if event.finished is not None:
+                        return Choice(event.finished, tokens, prefill, top_tokens)
+
+    async def _start(self, request: GenerateRequest, traceparent: str) -> Generation:
+        if self.draining:
+            raise ShuttingDown()
+        permit = self.permits.take()
+        try:
+            started = time.perf_counter()
+            checked = check_parameters(request, self.limits)
+            encoding = await self._tokenizer.encode(checked.inputs, checked.add_special_tokens)
+            seed = checked.seed if checked.seed is not None else secrets.randbits(64)
+            valid = build_request(checked, encoding.ids, self.limits, seed=seed, traceparent=traceparent)
+            validation_s = time.perf_counter() - started
+            self._metrics.request_validation_duration.observe(validation_s)
+            self._metrics.request_input_length.observe(len(valid.input_ids))
+            self._metrics.request_max_new_tokens.observe(valid.max_new_tokens)
+            self._next_request_id += 1
+            queued = QueuedRequest(valid, self._next_request_id, validation_s)
+            self._batcher.enqueue(queued)
+            return Generation(queued, self._batcher, permit)
+        except BaseException:
+            permit.release()
+            raise
+
+
+def _first_error(errors: BaseExceptionGroup[RouterError]) -> RouterError:
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, RouterError)
+    return error

@@ -1,0 +1,224 @@
+"""Which rows the next step computes: decode rows, prompt chunks, admissions, pre-emption.
+
+A state machine without I/O: the batcher sends what `plan` returns and tells it what has ended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from text_generation_router.scheduling.blocks import BlockAllocator
+from text_generation_router.scheduling.budget import BatchLimits, chunk_sizes
+from text_generation_router.scheduling.queue import AdmissionHold, WaitingQueue
+from text_generation_router.scheduling.requests import QueuedRequest
+
+
+@dataclass(slots=True, eq=False)
+class RunningSequence:
+    """A request that owns blocks on the shards.
+
+    All counters run ahead of the results: they say what was sent, since the next step is planned before the
+    result of the one before is known.
+    """
+
+    queued: QueuedRequest
+    sequence_id: int
+    token_ids: list[int]
+    """Prompt, and after a pre-emption the ids generated so far; what the shard computes before it samples."""
+    blocks: list[int]
+    num_sent: int = 0
+    """Leading ``token_ids`` sent for computation."""
+    num_outputs_sent: int = 0
+    """Output tokens that the steps sent so far yield, those from before a pre-emption included."""
+
+    @property
+    def num_unsent(self) -> int:
+        return len(self.token_ids) - self.num_sent
+
+    @property
+    def may_decode(self) -> bool:
+        """Whether another decode row can be useful: past the maximum length it never is."""
+        return self.num_unsent == 0 and self.num_outputs_sent < self.queued.request.max_new_tokens
+
+    @property
+    def num_tokens_after_decode(self) -> int:
+        """Tokens in the KV cache once one more decode row has run: its input is the last token sampled so far."""
+        return self.queued.num_prompt_tokens + self.num_outputs_sent
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """One step, in the order in which a shard reads it."""
+
+    drops: list[int] = field(default_factory=list)
+    new_sequences: list[RunningSequence] = field(default_factory=list)
+    chunks: list[tuple[RunningSequence, int]] = field(default_factory=list)
+    decodes: list[RunningSequence] = field(default_factory=list)
+    additions: list[tuple[RunningSequence, list[int]]] = field(default_factory=list)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(size for _, size in self.chunks)
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.drops or self.chunks or self.decodes)
+
+
+class StepScheduler:
+    """Owns the waiting queue, the running sequences and their blocks."""
+
+    def __init__(self, limits: BatchLimits, blocks: BlockAllocator, hold: AdmissionHold | None = None) -> None:
+        self.limits = limits
+        self.blocks = blocks
+        self.waiting = WaitingQueue()
+        self.running: dict[int, RunningSequence] = {}
+        self.num_preemptions = 0
+        self._hold = hold
+        self._drops: list[int] = []
+        self._next_sequence_id = 1
+        self._decodes_since_admission = 0
+        self._blocks_ran_dry = False
+
+    def plan(self, *, num_in_flight: int) -> StepPlan | None:
+        """The next step, or None when there is nothing to compute before a result or a request arrives.
+
+        ``num_in_flight`` steps are sent and not acknowledged. A victim is chosen only when there are none: until
+        then nobody knows which sequences are about to end by themselves.
+        """
+        if self._blocks_ran_dry:
+            if num_in_flight:
+                return None
+            self._preempt_until_decodes_fit()
+        plan = StepPlan(drops=self._drops)
+        self._add_decodes(plan)
+        if self._blocks_ran_dry and num_in_flight == 0:
+            self._preempt_until_decodes_fit()
+            self._add_decodes(plan)
+        self._add_chunks(plan)
+        if plan.is_empty:
+            return None
+        self._drops = []
+        self._decodes_since_admission += 1
+        return plan
+
+    def finish(self, sequence: RunningSequence) -> None:
+        """Free what a running sequence owns and have the shards drop it; twice is harmless."""
+        if self.running.pop(sequence.sequence_id, None) is None:
+            return
+        # Steps run in order: a step already sent may still write to these blocks, but every step that could hand
+        # them to somebody else comes later and carries the drop.
+        self.blocks.free(sequence.blocks)
+        sequence.blocks = []
+        self._drops.append(sequence.sequence_id)
+
+    def cancel(self, queued: QueuedRequest) -> None:
+        """Forget a request wherever it is."""
+        if self.waiting.remove(queued):
+            return
+        for sequence in self.running.values():
+            if sequence.queued is queued:
+                self.finish(sequence)
+                return
+
+    def abandon_epoch(self) -> list[QueuedRequest]:
+        """Give back all blocks without telling the shards, whose state is gone; returns the requests that ran."""
+        lost = [sequence.queued for sequence in self.running.values()]
+        for sequence in self.running.values():
+            self.blocks.free(sequence.blocks)
+        self.running.clear()
+        self._drops = []
+        self._blocks_ran_dry = False
+        return lost
+
+    @property
+    def num_running_tokens(self) -> int:
+        """Tokens that the blocks of the running sequences can hold."""
+        return self.blocks.num_used * self.blocks.block_size
+
+    def _add_decodes(self, plan: StepPlan) -> None:
+        """Give every finished prompt a decode row, and a block where it outgrows its table."""
+        self._blocks_ran_dry = False
+        planned = {sequence.sequence_id for sequence in plan.decodes}
+        for sequence in self.running.values():
+            if not sequence.may_decode or sequence.sequence_id in planned:
+                continue
+            missing = self.blocks.blocks_for(sequence.num_tokens_after_decode) - len(sequence.blocks)
+            if missing > 0:
+                new_blocks = self.blocks.allocate(missing)
+                if new_blocks is None:
+                    self._blocks_ran_dry = True
+                    continue
+                sequence.blocks += new_blocks
+                plan.additions.append((sequence, new_blocks))
+            sequence.num_outputs_sent += 1
+            plan.decodes.append(sequence)
+
+    def _preempt_until_decodes_fit(self) -> None:
+        """Take blocks from the newest sequences, never from the oldest, until every other one can go on."""
+        while len(self.running) > 1:
+            needed = sum(
+                max(self.blocks.blocks_for(sequence.num_tokens_after_decode) - len(sequence.blocks), 0)
+                for sequence in self.running.values()
+                if sequence.may_decode
+            )
+            if needed <= self.blocks.num_free:
+                break
+            victim = next(reversed(self.running.values()))
+            self.finish(victim)
+            self.waiting.put_back(victim.queued)
+            self.num_preemptions += 1
+        self._blocks_ran_dry = False
+
+    def _add_chunks(self, plan: StepPlan) -> None:
+        """Fill the step with prompt chunks: sequences that began first, then admissions in arrival order."""
+        budget = max(self.limits.max_batch_prefill_tokens - len(plan.decodes), 1)
+        started = [sequence for sequence in self.running.values() if sequence.num_unsent]
+        for sequence, size in zip(started, chunk_sizes([s.num_unsent for s in started], budget), strict=True):
+            if size:
+                self._add_chunk(plan, sequence, size)
+                budget -= size
+        while budget > 0 and (sequence := self._admit()) is not None:
+            size = min(sequence.num_unsent, budget)
+            plan.new_sequences.append(sequence)
+            self._add_chunk(plan, sequence, size)
+            budget -= size
+
+    def _add_chunk(self, plan: StepPlan, sequence: RunningSequence, size: int) -> None:
+        plan.chunks.append((sequence, size))
+        sequence.num_sent += size
+        if sequence.num_unsent == 0:
+            sequence.num_outputs_sent += 1
+
+    def _admit(self) -> RunningSequence | None:
+        """Start the first waiting request if it fits; a later, smaller one never overtakes it: it would starve."""
+        queued = self.waiting.first()
+        if queued is None or self._blocks_ran_dry:
+            return None
+        if self.limits.max_batch_size is not None and len(self.running) >= self.limits.max_batch_size:
+            return None
+        if self._hold is not None and self._hold.holds(
+            num_waiting=len(self.waiting),
+            num_running=len(self.running),
+            decodes_since_admission=self._decodes_since_admission,
+        ):
+            return None
+        needed = self.blocks.blocks_for(queued.num_tokens)
+        # Leave every running sequence its next block, else the newcomer is the next victim.
+        if self.running and needed + len(self.running) > self.blocks.num_free:
+            return None
+        blocks = self.blocks.allocate(needed)
+        if blocks is None:
+            return None
+        self.waiting.pop()
+        sequence = RunningSequence(
+            queued=queued,
+            sequence_id=self._next_sequence_id,
+            token_ids=queued.request.input_ids + queued.output_ids,
+            blocks=blocks,
+            num_outputs_sent=len(queued.output_ids),
+        )
+        self._next_sequence_id += 1
+        self._decodes_since_admission = 0
+        self.running[sequence.sequence_id] = sequence
+        return sequence

@@ -1,0 +1,66 @@
+"""What a model layer asks of an attention back end, and what a back end reads.
+
+Shape legend: T tokens of a step, H query heads, K key/value heads, D key width, E value width, S cache slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from text_generation_server.engine.inputs import ForwardInputs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """How one layer attends; learned from its first call by ``model/probe.py``, constant afterwards."""
+
+    query_heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int = 0
+    """A query sees itself and the ``window - 1`` tokens before it; 0 is all of them."""
+    chunk: int = 0
+    """A query sees only tokens of its own chunk, ``position // chunk``; 0 is off. Never together with a window."""
+
+
+@dataclass(slots=True)
+class LayerCache:
+    """Keys and values of one layer, head-major: a head's tokens are adjacent, which is how attention reads them."""
+
+    keys_KSD: Tensor
+    values_KSE: Tensor
+
+
+class AttentionBackend(Protocol):
+    """One way to attend over a paged cache. ``prepare`` runs once a step, ``attend`` once a layer and step."""
+
+    def __init__(
+        self, *, layers: list[LayerSpec], block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None: ...
+
+    def prepare(self, inputs: ForwardInputs) -> Any:
+        """Everything of a step that all layers share: gather indices, masks, lengths."""
+
+    def attend(
+        self,
+        plan: Any,
+        layer: LayerSpec,
+        cache: LayerCache,
+        query_HTD: Tensor,
+        key_KTD: Tensor,
+        value_KTE: Tensor,
+        *,
+        scaling: float,
+        softcap: float = 0.0,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
+        """Write the new keys and values to the cache, then attend; returns [T, H, E] in the query's dtype.
+
+        ``softcap`` c replaces scores by ``c * tanh(scores / c)`` before the mask; ``sinks_H`` adds to each head's
+        softmax a logit that has no value. Softmax is computed in float32.
+        """

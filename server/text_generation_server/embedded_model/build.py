@@ -1,0 +1,91 @@
+"""Makes the embedded model: `python -m text_generation_server.embedded_model.build --output DIR`.
+
+Everything is generated and seeded, nothing is downloaded. Two CPU cores take an hour, an accelerator a few minutes (`--steps`).
+"""
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from transformers import LlamaForCausalLM
+
+from text_generation_server.embedded_model import embedded_model_path
+from text_generation_server.embedded_model.recipe.corpus import HELD_OUT, first
+from text_generation_server.embedded_model.recipe.evaluation import Evaluator
+from text_generation_server.embedded_model.recipe.model_card import Measured, write_model_card
+from text_generation_server.embedded_model.recipe.tokenizer import TOKENIZER_CONFIG, train_tokenizer
+from text_generation_server.embedded_model.recipe.training import Budget, new_model, quick_scores, train
+
+TOKENIZER_SEED = 1
+TOKENIZER_EXAMPLES = 60_000
+
+
+def main() -> None:
+    arguments = _parse()
+    output: Path = arguments.output
+    output.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    started = time.monotonic()
+
+    tokenizer = train_tokenizer(e.prompt + e.answer for e in first(TOKENIZER_EXAMPLES, TOKENIZER_SEED))
+    save_tokenizer(tokenizer, output)
+
+    model = new_model(arguments.seed).to(device)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters on {device}", flush=True)
+    steps = 0
+    budget = Budget(arguments.steps, arguments.minutes)
+    for step, _ in train(model, tokenizer, seed=arguments.seed, budget=budget, report_every_s=arguments.report_every):
+        steps = step
+        for name, score in quick_scores(model, tokenizer, list(HELD_OUT), count=100).items():
+            print(f"    {score:7.1%}  {name}", flush=True)
+        save_model(model, output)
+
+    scores = Evaluator(output).scores(arguments.examples_per_set)
+    minutes = (time.monotonic() - started) / 60
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    measured = Measured(scores, arguments.examples_per_set, parameters, steps, minutes, arguments.seed, where)
+    write_model_card(output, measured)
+    for name, score in scores.items():
+        print(f"{score:7.1%}  {name}")
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the tokenizer, its configuration and the chat template, which is written by hand and lives in `files/`."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=2) + "\n", encoding="utf-8")
+    template = embedded_model_path() / "chat_template.jinja"
+    if folder.resolve() != template.parent.resolve():
+        shutil.copy(template, folder)
+
+
+def save_model(model: LlamaForCausalLM, folder: Path) -> None:
+    """Write weights, `config.json` and `generation_config.json`; each file is whole at any time."""
+    partial = folder / ".partial"
+    model.save_pretrained(partial)
+    for file in partial.iterdir():
+        file.replace(folder / file.name)
+    partial.rmdir()
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="the model's folder, made if need be")
+    parser.add_argument(
+        "--minutes", type=float, default=60, help="wall time of the training; the default is %(default)s"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="train so many steps, however long they take; only this is reproducible"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--report-every", type=float, default=180, help="seconds between checkpoints with quick scores")
+    parser.add_argument("--examples-per-set", type=int, default=300, help="examples in each row of the model card")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

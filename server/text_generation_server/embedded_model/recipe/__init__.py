@@ -1,0 +1,1 @@
+"""How the embedded model is made: facts -> phrasings -> corpus -> tokenizer -> training -> evaluation -> model card."""

@@ -1,0 +1,61 @@
+"""The mix of examples that the model is trained on, and the sets that it is measured on."""
+
+import random
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from text_generation_server.embedded_model.recipe.example import Example
+from text_generation_server.embedded_model.recipe.json_tasks import json_task
+from text_generation_server.embedded_model.recipe.knowledge import capital_chat, capital_plain, sum_chat, sum_plain
+from text_generation_server.embedded_model.recipe.talk import small_talk, tell_story, unknown
+from text_generation_server.embedded_model.recipe.tools import tool_task
+
+Maker = Callable[[random.Random], Example]
+
+MIX: tuple[tuple[Maker, float], ...] = (
+    (capital_plain, 24),
+    (capital_chat, 13),
+    (sum_plain, 22),
+    (sum_chat, 12),
+    (json_task, 9),
+    (tool_task, 9),
+    (tell_story, 2),
+    (small_talk, 3),
+    (unknown, 4),
+)
+"""Weights are per example. A tool call is ten times as long as a sum, so by tokens the structured tasks are the larger half."""
+
+HELD_OUT: dict[str, Maker] = {
+    "capitals, new phrasings, completion": lambda rng: capital_plain(rng, held_out=True),
+    "capitals, new phrasings, chat": lambda rng: capital_chat(rng, held_out=True),
+    "sums, new phrasings, completion": lambda rng: sum_plain(rng, held_out=True),
+    "sums, new phrasings, chat": lambda rng: sum_chat(rng, held_out=True),
+    "sums, new numbers, completion": lambda rng: sum_plain(rng, held_out_pair=True),
+    "sums, new numbers, chat": lambda rng: sum_chat(rng, held_out_pair=True),
+    "sums, both new, completion": lambda rng: sum_plain(rng, held_out=True, held_out_pair=True),
+    "sums, both new, chat": lambda rng: sum_chat(rng, held_out=True, held_out_pair=True),
+    "JSON": json_task,
+    "tools": tool_task,
+    "talk": small_talk,
+    "unknown": unknown,
+}
+"""The evaluation, a row of the model card each. The last four are new draws of trained templates: other values, no new wording."""
+
+
+def stream(seed: int) -> Iterator[Example]:
+    """Training examples without end; the same seed gives the same stream."""
+    rng = random.Random(seed)
+    makers = [maker for maker, _ in MIX]
+    weights = [weight for _, weight in MIX]
+    while True:
+        yield rng.choices(makers, weights)[0](rng)
+
+
+def held_out(name: str, count: int) -> list[Example]:
+    """The first `count` examples of an evaluation set; no seed of `stream` is a string, so the draws differ."""
+    rng = random.Random(f"held out: {name}")
+    return [HELD_OUT[name](rng) for _ in range(count)]
+
+
+def first(count: int, seed: int) -> list[Example]:
+    return list(islice(stream(seed), count))

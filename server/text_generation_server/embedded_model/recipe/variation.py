@@ -1,0 +1,61 @@
+"""How people type: case, missing question marks, typing errors, politeness, surroundings."""
+
+import random
+from collections.abc import Sequence
+
+from text_generation_server.embedded_model.recipe.phrasings import (
+    HELD_OUT_PREFIXES,
+    PLAIN_FRAMES,
+    POLITE_PREFIXES,
+    POLITE_SUFFIXES,
+)
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def vary(question: str, rng: random.Random, *, held_out: bool) -> str:
+    """The same question as another person would type it."""
+    if rng.random() < 0.04:
+        question = typing_error(question, rng)
+    return change_case(polite(question, rng, HELD_OUT_PREFIXES if held_out else POLITE_PREFIXES), rng)
+
+
+def polite(question: str, rng: random.Random, prefixes: Sequence[str] = POLITE_PREFIXES) -> str:
+    """Words before or after the question now and then, or its last mark left out; names and values keep their case."""
+    if rng.random() < 0.15 and question[-1] in "?.":
+        question = question[:-1]
+    if rng.random() < 0.18:
+        question = rng.choice(prefixes) + (question if rng.random() < 0.5 else question[0].lower() + question[1:])
+    if rng.random() < 0.08:
+        question += rng.choice(POLITE_SUFFIXES)
+    return question
+
+
+def change_case(text: str, rng: random.Random) -> str:
+    """Lower case for one text in eight, upper case for one in twenty."""
+    draw = rng.random()
+    if draw < 0.125:
+        return text.lower()
+    return text.upper() if draw < 0.175 else text
+
+
+def typing_error(text: str, rng: random.Random) -> str:
+    """Swap, drop, double or replace one letter inside a word; digits and ends of words stay."""
+    inner = [i for i in range(1, len(text) - 1) if text[i - 1 : i + 2].isalpha()]
+    if not inner:
+        return text
+    i = rng.choice(inner)
+    replacement = rng.choice(
+        (text[i + 1] + text[i], text[i + 1], text[i] * 2 + text[i + 1], rng.choice(_LETTERS) + text[i + 1])
+    )
+    return text[:i] + replacement + text[i + 2 :]
+
+
+def frame(question: str, rng: random.Random, *, held_out: bool) -> str:
+    """The question as the prompt of a plain completion: mostly bare, else as `Q: ... A:` and the like."""
+    draw = rng.random()
+    if draw < 0.55:
+        return question
+    if draw < 0.65:
+        return question + rng.choice(("\n", "\n\n", " ", "\n"))
+    return PLAIN_FRAMES.choose(rng, held_out=held_out).replace("{q}", question)

@@ -1,0 +1,196 @@
+"""The sequences that a shard holds, and the rows of a step that advance them."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from text_generation_server.engine.steps import NewSequence, Step
+from text_generation_server.errors import InvalidStep
+from text_generation_server.generation.parameters import SamplingParameters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceLimits:
+    """What a sequence may ask for, fixed once the KV cache is allocated."""
+
+    vocab_size: int
+    max_position_embeddings: int
+    """0: unbounded."""
+    block_size: int
+    num_blocks: int
+    prefill_logprobs: bool
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    sequence_id: int
+    token_ids: array[int]
+    """Prompt and output, as far as the host has read them; "q"."""
+    num_prompt_tokens: int
+    block_table: list[int]
+    num_computed: int
+    """Leading tokens whose keys and values are in the cache, or will be once the steps launched so far have run."""
+    num_cached: int
+    """Of these, how many came from the prefix cache."""
+    sampling: SamplingParameters
+    top_n_tokens: int
+    prefill_logprobs: bool
+    num_pending: int = 0
+    """Tokens sampled on the device that the host has not read yet; they follow ``token_ids``."""
+    failed: bool = False
+    next_prompt_logprob: Tensor | None = field(default=None, repr=False)
+    """Logprob of the first token behind the last computed one; float32 scalar on the device. None: unknown."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_pending
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Consecutive tokens of one sequence that a forward pass computes."""
+
+    sequence: Sequence
+    start: int
+    """Position of the first token."""
+    num_tokens: int
+    is_decode: bool
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.sequence.prefill_logprobs and self.start < self.sequence.num_prompt_tokens
+
+    @property
+    def samples(self) -> bool:
+        """Whether the logits of its last token choose the sequence's next one."""
+        return self.end == self.sequence.num_tokens
+
+
+class Batch:
+    """Sequences by id. Every method raises InvalidStep for what the contract does not allow."""
+
+    def __init__(self) -> None:
+        self._sequences: dict[int, Sequence] = {}
+        # Sequences that failed alone. The peer sends a step ahead, so rows for them may still be under way.
+        self._failed: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def clear(self) -> None:
+        self._sequences.clear()
+        self._failed.clear()
+
+    def drop(self, sequence_ids: Iterable[int]) -> None:
+        """Forget sequences; unknown ids are no error."""
+        for sequence_id in sequence_ids:
+            self._sequences.pop(sequence_id, None)
+            self._failed.discard(sequence_id)
+
+    def fail(self, sequence: Sequence) -> None:
+        """Take out a sequence that cannot go on; later rows for it are skipped, not refused."""
+        sequence.failed = True
+        if self._sequences.get(sequence.sequence_id) is sequence:
+            del self._sequences[sequence.sequence_id]
+            self._failed.add(sequence.sequence_id)
+
+    def add(self, new: NewSequence, limits: SequenceLimits) -> None:
+        name = f"sequence {new.sequence_id}"
+        num_tokens = len(new.token_ids)
+        if new.sequence_id in self._sequences or new.sequence_id in self._failed:
+            raise InvalidStep(f"{name} exists already")
+        if not 0 < new.num_prompt_tokens <= num_tokens:
+            raise InvalidStep(f"{name}: num_prompt_tokens must be in 1..{num_tokens}, got {new.num_prompt_tokens}")
+        if new.num_cached_tokens >= num_tokens:
+            raise InvalidStep(f"{name}: {new.num_cached_tokens} of {num_tokens} tokens cached, nothing left to compute")
+        if max(new.token_ids) >= limits.vocab_size or min(new.token_ids) < 0:
+            raise InvalidStep(f"{name}: token ids must be in 0..{limits.vocab_size - 1}")
+        if new.top_n_tokens > limits.vocab_size:
+            raise InvalidStep(f"{name}: top_n_tokens {new.top_n_tokens} exceeds the vocabulary, {limits.vocab_size}")
+        if new.prefill_logprobs and not limits.prefill_logprobs:
+            raise InvalidStep(f"{name}: prefill logprobs are off on this server (--enable-prefill-logprobs)")
+        sequence = Sequence(
+            sequence_id=new.sequence_id,
+            token_ids=new.token_ids,
+            num_prompt_tokens=new.num_prompt_tokens,
+            block_table=[],
+            num_computed=new.num_cached_tokens,
+            num_cached=new.num_cached_tokens,
+            sampling=new.sampling,
+            top_n_tokens=new.top_n_tokens,
+            prefill_logprobs=new.prefill_logprobs,
+        )
+        _add_blocks(sequence, new.blocks, limits)
+        _check_room(sequence, new.num_cached_tokens, limits)
+        self._sequences[new.sequence_id] = sequence
+
+    def rows(self, step: Step, limits: SequenceLimits) -> list[Row]:
+        """The rows of a step, decode rows first, after its block additions are made; counts them as computed."""
+        for addition in step.additions:
+            sequence = self._find(addition.sequence_id)
+            if sequence is not None:
+                _add_blocks(sequence, addition.blocks, limits)
+        rows: list[Row] = []
+        seen: set[int] = set()
+        for sequence_id in step.decodes:
+            sequence = self._find(sequence_id)
+            if sequence is None:
+                continue
+            if sequence.num_computed != sequence.num_tokens - 1 or sequence.num_tokens <= sequence.num_prompt_tokens:
+                left = sequence.num_tokens - sequence.num_computed
+                raise InvalidStep(f"sequence {sequence_id} cannot decode: {left} known tokens are not computed yet")
+            rows.append(Row(sequence, sequence.num_computed, 1, is_decode=True))
+            seen.add(sequence_id)
+        if len(seen) != len(rows):
+            raise InvalidStep("a sequence is listed twice in one decode")
+        for chunk in step.chunks:
+            sequence = self._find(chunk.sequence_id)
+            if sequence is None:
+                continue
+            if chunk.sequence_id in seen:
+                raise InvalidStep(f"sequence {chunk.sequence_id} has two rows in one step")
+            seen.add(chunk.sequence_id)
+            left = len(sequence.token_ids) - sequence.num_computed
+            if sequence.num_pending or not 0 < chunk.num_tokens <= left:
+                raise InvalidStep(
+                    f"sequence {chunk.sequence_id}: a chunk of {chunk.num_tokens} tokens where {left} are left"
+                )
+            _add_blocks(sequence, chunk.new_blocks, limits)
+            rows.append(Row(sequence, sequence.num_computed, chunk.num_tokens, is_decode=False))
+        for row in rows:
+            _check_room(row.sequence, row.end, limits)
+        return rows
+
+    def _find(self, sequence_id: int) -> Sequence | None:
+        """The sequence; None when it failed alone earlier."""
+        sequence = self._sequences.get(sequence_id)
+        if sequence is None and sequence_id not in self._failed:
+            raise InvalidStep(f"unknown sequence {sequence_id}")
+        return sequence
+
+
+def _add_blocks(sequence: Sequence, blocks: list[int], limits: SequenceLimits) -> None:
+    if blocks:
+        if min(blocks) < 1 or max(blocks) > limits.num_blocks:
+            raise InvalidStep(f"sequence {sequence.sequence_id}: block ids must be in 1..{limits.num_blocks}")
+        sequence.block_table.extend(blocks)
+        if len(sequence.block_table) > limits.num_blocks:
+            raise InvalidStep(f"sequence {sequence.sequence_id}: more blocks than there are, {limits.num_blocks}")
+
+
+def _check_room(sequence: Sequence, num_tokens: int, limits: SequenceLimits) -> None:
+    room = len(sequence.block_table) * limits.block_size
+    if num_tokens > room:
+        raise InvalidStep(f"sequence {sequence.sequence_id}: {num_tokens} tokens do not fit its blocks ({room} tokens)")
+    if 0 < limits.max_position_embeddings < num_tokens:
+        raise InvalidStep(
+            f"sequence {sequence.sequence_id}: {num_tokens} tokens, the model has {limits.max_position_embeddings} positions"
+        )

@@ -1,0 +1,276 @@
+"""The engine thread: executes steps in the order they arrive, one on the device and one launched behind it.
+
+The thread owns the sequences, the KV cache and the device. Others hand it jobs through a queue on which it sleeps when
+there is nothing to do, and read a few counters. Epochs: a failed step, or a reset, makes everything before it void.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from text_generation_server.engine.batch import SequenceLimits
+from text_generation_server.engine.executor import Broadcast, Launched, StepExecutor
+from text_generation_server.engine.memory import KVPlan, WarmupLimits
+from text_generation_server.engine.steps import Step, StepFailure, StepResult
+from text_generation_server.errors import InvalidStep, NotEnoughMemory, ShardError, StaleEpoch, is_out_of_memory
+from text_generation_server.model.runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Deliver = Callable[[StepResult], None]
+Planner = Callable[[ModelRunner, WarmupLimits], KVPlan]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHealth:
+    epoch: int
+    last_step_id: int
+    progress_age_ns: int
+    """Since the last sign of progress while a step runs; 0 when idle."""
+    num_sequences: int
+
+
+@dataclass(frozen=True, slots=True)
+class _StepJob:
+    step: Step
+    deliver: Deliver
+    queued_ns: int
+
+
+def _STOP() -> None:  # noqa: N802 - a marker, compared by identity
+    """The job that ends the thread."""
+
+
+class Engine:
+    """Runs steps on a thread of its own. ``start`` once, ``stop`` once; all other methods from any thread."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        plan: Planner,
+        *,
+        block_size: int,
+        prefill_logprobs: bool = False,
+        is_leader: bool = True,
+        broadcast: Broadcast | None = None,
+        run_ahead: bool | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        """``run_ahead``: launch a queued step before the results of the one before it are read; None: on CUDA."""
+        self._runner = runner
+        self._plan = plan
+        self._block_size = block_size
+        self._prefill_logprobs = prefill_logprobs
+        self._is_leader = is_leader
+        self._broadcast = broadcast
+        self._run_ahead = runner.info.device.type == "cuda" if run_ahead is None else run_ahead
+        self._num_threads = num_threads
+        self._jobs: queue.SimpleQueue[_StepJob | Callable[[], None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+        self._executor: StepExecutor | None = None
+        self._kv_plan: tuple[WarmupLimits, KVPlan] | None = None
+        self._epoch = 0
+        self._announced_epoch = 0  # set at once by clear(), so that steps still queued are not executed in vain
+        self._failure: str | None = None
+        self._last_step_id = 0
+        self._progress_ns: int | None = None  # time of the last sign of progress; None when idle
+        self._ended_ns: int | None = None
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> bool:
+        """End the thread after the step it is in; whether it ended in time."""
+        self._jobs.put(_STOP)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def submit(self, step: Step, deliver: Deliver) -> None:
+        """Queue a step. ``deliver`` gets its result on the engine thread, in the order of the steps; never raises."""
+        self._jobs.put(_StepJob(step, deliver, time.monotonic_ns()))
+
+    def clear(self, epoch: int) -> Future[None]:
+        """Drop every sequence and begin ``epoch``. The future raises StaleEpoch if it is not a new one."""
+        self._announced_epoch = max(self._announced_epoch, epoch)
+        return self._call(lambda: self._clear(epoch))
+
+    def warm_up(self, limits: WarmupLimits) -> Future[KVPlan]:
+        """Size and allocate the KV cache. The future raises NotEnoughMemory when the limits do not fit."""
+        return self._call(lambda: self._warm_up(limits))
+
+    def note_progress(self) -> None:
+        """Called by whatever advances a step: a layer, a pass."""
+        if self._progress_ns is not None:
+            self._progress_ns = time.monotonic_ns()
+
+    def health(self) -> EngineHealth:
+        progress_ns, executor = self._progress_ns, self._executor
+        return EngineHealth(
+            epoch=self._epoch,
+            last_step_id=self._last_step_id,
+            progress_age_ns=0 if progress_ns is None else max(1, time.monotonic_ns() - progress_ns),
+            num_sequences=0 if executor is None else len(executor.batch),
+        )
+
+    def _call(self, function: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:  # its place is with the caller, not on this thread
+                future.set_exception(error)
+
+        self._jobs.put(run)
+        return future
+
+    # -- on the engine thread -------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        if self._num_threads is not None:
+            torch.set_num_threads(self._num_threads)
+        pending: tuple[Launched, _StepJob] | None = None
+        with torch.inference_mode():
+            while True:
+                job = self._next_job(wait=pending is None)
+                launched: tuple[Launched, _StepJob] | StepResult | None = None
+                if isinstance(job, _StepJob):
+                    launched = self._launch(job, pending[0] if pending is not None else None)
+                if pending is not None:
+                    self._finish(*pending)
+                    pending = None
+                if isinstance(job, _StepJob):
+                    if isinstance(launched, StepResult):
+                        self._deliver(launched, job)
+                    elif launched is not None and self._run_ahead:
+                        pending = launched
+                    elif launched is not None:
+                        self._finish(*launched)
+                elif job is _STOP:
+                    return
+                elif job is not None:
+                    job()
+
+    def _next_job(self, *, wait: bool) -> _StepJob | Callable[[], None] | None:
+        """The next job; None when there is none and ``wait`` is off, because a step in flight wants to be read."""
+        try:
+            return self._jobs.get(block=wait)
+        except queue.Empty:
+            return None
+
+    def _launch(self, job: _StepJob, previous: Launched | None) -> tuple[Launched, _StepJob] | StepResult:
+        step = job.step
+        now = time.monotonic_ns()
+        try:
+            executor = self._accept(step)
+            self._progress_ns = now
+            launched = executor.launch(step, previous)
+            busy = previous is not None or self._ended_ns is None
+            launched.timings.idle_ns = 0 if busy or self._ended_ns is None else now - self._ended_ns
+            self._last_step_id = step.step_id
+            return launched, job
+        except Exception as error:
+            return self._failed(step, error)
+
+    def _accept(self, step: Step) -> StepExecutor:
+        if step.epoch != self._epoch or step.epoch < self._announced_epoch:
+            raise StaleEpoch(f"epoch {step.epoch} is over, this shard is in {max(self._epoch, self._announced_epoch)}")
+        if self._failure is not None:
+            raise StaleEpoch(f"epoch {step.epoch} ended with a failed step ({self._failure}); clear the cache first")
+        if self._executor is None:
+            raise InvalidStep("no KV cache yet: Warmup comes before the first step")
+        if step.step_id != self._last_step_id + 1:
+            raise InvalidStep(f"step {step.step_id} arrived where {self._last_step_id + 1} was due")
+        return self._executor
+
+    def _finish(self, launched: Launched, job: _StepJob) -> None:
+        assert self._executor is not None
+        try:
+            if self._failure is not None:
+                raise StaleEpoch(f"the step before it failed: {self._failure}")
+            result = self._executor.collect(launched)
+        except Exception as error:
+            result = self._failed(launched.step, error)
+        self._deliver(result, job)
+
+    def _deliver(self, result: StepResult, job: _StepJob) -> None:
+        self._ended_ns = time.monotonic_ns()
+        self._progress_ns = None
+        result.timings.total_ns = self._ended_ns - job.queued_ns
+        job.deliver(result)
+
+    def _failed(self, step: Step, error: Exception) -> StepResult:
+        """The result of a step that failed; unless the step was of another epoch, this epoch ends with it."""
+        out_of_memory = is_out_of_memory(error)
+        message = str(error) if isinstance(error, ShardError) else f"{type(error).__name__}: {error}"
+        result = StepResult(step.epoch, step.step_id, failure=StepFailure(message, out_of_memory))
+        if isinstance(error, StaleEpoch):
+            return result
+        logger.error("step %d of epoch %d failed: %s", step.step_id, step.epoch, message)
+        logger.debug("traceback of the failed step", exc_info=error)
+        self._failure = message
+        if self._executor is not None:
+            self._executor.batch.clear()
+        if out_of_memory:
+            # The traceback holds the frames, and they hold the tensors that were too many.
+            error.__traceback__ = None
+            _release_memory()
+        return result
+
+    def _clear(self, epoch: int) -> None:
+        if epoch <= self._epoch:
+            raise StaleEpoch(f"epoch {epoch} is not new, this shard is in {self._epoch}")
+        if self._executor is not None:
+            self._executor.batch.clear()
+        self._epoch, self._last_step_id, self._failure = epoch, 0, None
+        logger.debug("epoch %d begins", epoch)
+
+    def _warm_up(self, limits: WarmupLimits) -> KVPlan:
+        if self._kv_plan is not None:
+            if self._kv_plan[0] == limits:
+                return self._kv_plan[1]  # a router that came back asks again
+            self._executor = None
+            self._runner.allocate_kv_cache(1)
+            _release_memory()
+        try:
+            plan = self._plan(self._runner, limits)
+            self._runner.allocate_kv_cache(plan.num_blocks)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise NotEnoughMemory(f"the KV cache could not be allocated: {error}") from error
+        info = self._runner.info
+        self._executor = StepExecutor(
+            self._runner,
+            SequenceLimits(
+                vocab_size=info.vocab_size,
+                max_position_embeddings=info.max_position_embeddings,
+                block_size=self._block_size,
+                num_blocks=plan.num_blocks,
+                prefill_logprobs=self._prefill_logprobs,
+            ),
+            is_leader=self._is_leader,
+            broadcast=self._broadcast,
+            on_progress=self.note_progress,
+        )
+        self._kv_plan = (limits, plan)
+        logger.info("%s", plan.derivation)
+        return plan
+
+
+def _release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,246 @@
+"""Runs one step: rows -> forward passes -> sampled ids; the device's part and the host's part apart.
+
+``launch`` needs nothing that the device has not computed yet, so the next step can be launched before the results of
+this one are read (``collect``). On a CPU the two simply follow each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from text_generation_server.engine.batch import Batch, Row, Sequence, SequenceLimits
+from text_generation_server.engine.inputs import build_inputs, split_passes
+from text_generation_server.engine.readback import Readback, Stopwatch
+from text_generation_server.engine.steps import Generation, PrefillLogprobs, Step, StepResult, Timings, TopTokens
+from text_generation_server.generation.sampler import (
+    Sampled,
+    SamplingRow,
+    TopCandidates,
+    read_top_tokens,
+    sample,
+)
+from text_generation_server.model.runner import ModelRunner
+
+MAX_PROMPT_LOGITS_ROWS = 256
+"""Rows of logits that prompt logprobs may need at once; a longer chunk runs in several forward passes."""
+
+NOT_FINITE = "the model's logits were not finite"
+
+Broadcast = Callable[[Tensor], None]
+"""Fill an int64 tensor of ids on every rank with the values it has on rank 0."""
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step whose work is on the device, or done."""
+
+    step: Step
+    sampled: list[tuple[Sequence, int]] = field(default_factory=list)
+    """Sequences that get a token, with its output index; [S]."""
+    ids_S: Tensor | None = None
+    readback: Readback | None = None
+    """Ids, and on rank 0 logprobs, then the three tensors of the top tokens."""
+    top: TopCandidates | None = None
+    prompt_logprobs: dict[int, tuple[Sequence, int, list[Tensor]]] = field(default_factory=dict)
+    """Sequence id -> sequence, first position, logprobs in parts."""
+    timings: Timings = field(default_factory=Timings)
+    forward: Stopwatch | None = None
+    sampling: Stopwatch | None = None
+
+
+class StepExecutor:
+    """Advances the sequences of one shard. Not thread-safe: the engine's thread owns it."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        limits: SequenceLimits,
+        *,
+        is_leader: bool = True,
+        broadcast: Broadcast | None = None,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.batch = Batch()
+        self._runner = runner
+        self._limits = limits
+        self._device = runner.info.device
+        self._is_leader = is_leader
+        self._broadcast = broadcast
+        self._on_progress = on_progress
+
+    def launch(self, step: Step, previous: Launched | None = None) -> Launched:
+        """Start a step; ``previous`` is the one before it if its results are not collected yet.
+
+        Raises: InvalidStep; whatever the model raises. The sequences are in an undefined state then.
+        """
+        self.batch.drop(step.drops)
+        for new in step.new_sequences:
+            self.batch.add(new, self._limits)
+        rows = self.batch.rows(step, self._limits)
+        launched = Launched(step, forward=Stopwatch(self._device), sampling=Stopwatch(self._device))
+        launched.timings.num_decode_rows = len(step.decodes)
+        launched.timings.num_prefill_tokens = sum(row.num_tokens for row in rows if not row.is_decode)
+        if rows:
+            logits_SV, sampling_rows, input_ids_T = self._forward(rows, launched, previous)
+            for row in rows:
+                row.sequence.num_computed = row.end
+            if sampling_rows:
+                self._choose(logits_SV, sampling_rows, input_ids_T, launched)
+        return launched
+
+    def collect(self, launched: Launched) -> StepResult:
+        """Wait for a step and record what it sampled. Steps are collected in the order of their launch."""
+        result = StepResult(launched.step.epoch, launched.step.step_id, timings=launched.timings)
+        generations: dict[int, Generation] = {}
+        if launched.readback is not None:
+            host = launched.readback.get()
+            logprobs = host[1].tolist() if self._is_leader else [0.0] * len(launched.sampled)
+            top_tokens = _read_top(launched.top, host[2:])
+            for index, token_id in enumerate(host[0].tolist()):
+                sequence, output_index = launched.sampled[index]
+                if sequence.failed:
+                    continue  # this step was launched before the failure of the one before it was known
+                sequence.num_pending -= 1
+                if token_id < 0:
+                    self._fail(sequence, result)
+                    continue
+                sequence.token_ids.append(token_id)
+                generations[sequence.sequence_id] = Generation(
+                    sequence.sequence_id,
+                    output_index,
+                    [token_id],
+                    [logprobs[index]],
+                    [top_tokens[index]] if index in top_tokens else [],
+                )
+        for sequence, first_position, parts in launched.prompt_logprobs.values():
+            if not sequence.failed:
+                generation = generations.setdefault(sequence.sequence_id, Generation(sequence.sequence_id))
+                generation.prefill = PrefillLogprobs(first_position, torch.cat(parts).tolist())
+        if self._is_leader:
+            result.generations = list(generations.values())
+        if launched.forward is not None and launched.sampling is not None:
+            result.timings.forward_ns = launched.forward.total_ns()
+            result.timings.sample_ns = launched.sampling.total_ns()
+        return result
+
+    def _forward(
+        self, rows: list[Row], launched: Launched, previous: Launched | None
+    ) -> tuple[Tensor, list[SamplingRow], Tensor]:
+        """Logits [S, V] of the rows that get a token, what is asked of them, and the input ids of the first pass."""
+        assert launched.forward is not None
+        picked: list[Tensor] = []
+        sampling_rows: list[SamplingRow] = []
+        first_ids_T: Tensor | None = None
+        for pass_rows in split_passes(rows, MAX_PROMPT_LOGITS_ROWS):
+            inputs, counts = build_inputs(pass_rows, block_size=self._limits.block_size, device=self._device)
+            _fill_in_pending(inputs.input_ids_T, pass_rows, previous)
+            first_ids_T = inputs.input_ids_T if first_ids_T is None else first_ids_T
+            launched.forward.start()
+            logits_LV = self._runner.forward(inputs)
+            launched.forward.stop()
+            self._on_progress()
+            places: list[int] = []
+            end = token_index = 0
+            for row, count in zip(pass_rows, counts, strict=True):
+                end += count
+                if row.wants_prompt_logprobs:
+                    self._prompt_logprobs(row, logits_LV[end - count : end], launched)
+                if row.samples:
+                    places.append(end - 1)
+                    sampling_rows.append(_sampling_row(row, token_index))
+                    launched.sampled.append((row.sequence, row.end - row.sequence.num_prompt_tokens))
+                token_index += row.num_tokens
+            # All of them is the rule, and then there is nothing to copy.
+            picked.append(logits_LV if len(places) == logits_LV.shape[0] else logits_LV[places])
+        assert first_ids_T is not None
+        return picked[0] if len(picked) == 1 else torch.cat(picked), sampling_rows, first_ids_T
+
+    def _choose(self, logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor, launched: Launched) -> None:
+        assert launched.sampling is not None
+        launched.sampling.start()
+        sampled: Sampled | None = None
+        if self._is_leader:
+            sampled = sample(logits_SV, rows, input_ids_T)
+            ids_S = sampled.ids_S
+        else:
+            ids_S = torch.empty(len(rows), dtype=torch.int64, device=self._device)
+        if self._broadcast is not None:
+            self._broadcast(ids_S)
+        launched.sampling.stop()
+        launched.ids_S = ids_S
+        results = [ids_S]
+        if sampled is not None:
+            results.append(sampled.logprobs_S)
+            launched.top = sampled.top
+            if sampled.top is not None:
+                results += [sampled.top.values_RN, sampled.top.ids_RN, sampled.top.counts_R]
+        launched.readback = Readback(*results)
+        for sequence, _ in launched.sampled:
+            sequence.num_pending += 1
+
+    def _prompt_logprobs(self, row: Row, logits_NV: Tensor, launched: Launched) -> None:
+        """Report the logprobs at the row's prompt tokens; the one behind them waits in the sequence for the next row."""
+        sequence = row.sequence
+        num_predicted = min(row.end, sequence.num_prompt_tokens - 1) - row.start
+        targets_N = torch.tensor(
+            sequence.token_ids[row.start + 1 : row.start + 1 + num_predicted], dtype=torch.int64, device=self._device
+        )
+        logprobs_NV = torch.log_softmax(logits_NV[:num_predicted], -1)
+        first = sequence.next_prompt_logprob
+        if first is None:
+            first = torch.tensor(math.nan, device=self._device)
+        known = torch.cat([first.view(1), logprobs_NV.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)])
+        num_reported = min(row.end, sequence.num_prompt_tokens) - row.start
+        sequence.next_prompt_logprob = known[num_reported] if num_reported < known.shape[0] else None
+        entry = launched.prompt_logprobs.setdefault(sequence.sequence_id, (sequence, row.start, []))
+        entry[2].append(known[:num_reported])
+
+    def _fail(self, sequence: Sequence, result: StepResult) -> None:
+        """End one sequence, and clear what it wrote: a masked slot that holds NaN still poisons attention."""
+        self.batch.fail(sequence)
+        self._runner.zero_blocks(sequence.block_table[sequence.num_cached // self._limits.block_size :])
+        result.sequence_failures[sequence.sequence_id] = NOT_FINITE
+
+
+def _fill_in_pending(input_ids_T: Tensor, rows: list[Row], previous: Launched | None) -> None:
+    """Put ids that were sampled by the previous step, and not read by the host yet, into the inputs; in place."""
+    if previous is None or previous.ids_S is None:
+        return
+    sources = {id(sequence): index for index, (sequence, _) in enumerate(previous.sampled)}
+    pairs = [
+        (place, sources[id(row.sequence)])
+        for place, row in enumerate(rows)  # decode rows come first: a row's place is its token's place
+        if row.is_decode and row.start >= len(row.sequence.token_ids)
+    ]
+    if pairs:
+        places, indices = torch.tensor(pairs, device=input_ids_T.device).T
+        # A failed row has id -1; nobody will read what its next step computes, but it has to be an id.
+        input_ids_T[places] = previous.ids_S[indices].clamp(min=0)
+
+
+def _sampling_row(row: Row, token_index: int) -> SamplingRow:
+    sequence = row.sequence
+    penalised = sequence.sampling.has_penalty
+    return SamplingRow(
+        sequence.sampling,
+        output_index=row.end - sequence.num_prompt_tokens,
+        top_n_tokens=sequence.top_n_tokens,
+        known_ids=sequence.token_ids if penalised else None,
+        pending_index=token_index if penalised and sequence.num_pending else None,
+    )
+
+
+def _read_top(top: TopCandidates | None, host: tuple[Tensor, ...]) -> dict[int, TopTokens]:
+    """Row of the step -> its top tokens."""
+    if top is None:
+        return {}
+    values, ids, counts = (tensor.tolist() for tensor in host)
+    return {
+        row: TopTokens(*read_top_tokens(top.logprobs_RV[index], values[index], ids[index], top.wanted[index], counts[index]))
+        for index, row in enumerate(top.rows)
+    }

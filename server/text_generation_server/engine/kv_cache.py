@@ -1,0 +1,59 @@
+"""The paged key/value cache: per layer two head-major tensors, addressed by slot = block * block_size + offset.
+
+Shape legend: K key/value heads, S slots, D key width, E value width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from text_generation_server.attention.interface import LayerCache, LayerSpec
+
+
+class KVCache:
+    """Block tensors of all layers on one rank. Block 0 is padding: rows that nobody reads may write there."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerSpec],
+        *,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        num_slots = (num_blocks + 1) * block_size
+        self.layers = [
+            LayerCache(
+                keys_KSD=_zeros((layer.kv_heads, num_slots, layer.key_dim), dtype, device),
+                values_KSE=_zeros((layer.kv_heads, num_slots, layer.value_dim), dtype, device),
+            )
+            for layer in layers
+        ]
+
+    def zero_blocks(self, block_ids: Iterable[int]) -> None:
+        """Clear blocks whose content may be not-a-number: a masked slot still poisons attention (0 x NaN is NaN)."""
+        for block_id in block_ids:
+            slots = slice(block_id * self.block_size, (block_id + 1) * self.block_size)
+            for layer in self.layers:
+                layer.keys_KSD[:, slots] = 0
+                layer.values_KSE[:, slots] = 0
+
+
+def bytes_per_token(layers: Iterable[LayerSpec], dtype: torch.dtype) -> int:
+    """Keys and values of one token in all layers."""
+    return sum(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers) * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zero-filled; on a CPU the pages come from the operating system when first touched, so an idle cache is free."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)

@@ -1,0 +1,220 @@
+"""Logits -> token ids and logprobs, for the rows of a step that produce a token.
+
+A batch pays only for what its rows ask: all-greedy rows without penalties cost one maximum and one sum of exponentials.
+
+Shape legend: S sampled rows, V vocabulary, N largest number of top tokens asked for, T tokens of the step.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from text_generation_server.generation.logits_processors import (
+    History,
+    divide_by_temperature,
+    keep_likely,
+    penalise_frequency,
+    penalise_repetition,
+)
+from text_generation_server.generation.parameters import SamplingParameters
+from text_generation_server.generation.uniform import uniform
+
+_BLOCK = 256
+"""Tokens that the inverse CDF sums up at once: two short searches instead of a running sum over the vocabulary."""
+_SPARE_TOP_TOKENS = 8
+"""Places for ties at the last top token; more ties than that are read in a second, slower step."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """One row of logits and what is wanted of it."""
+
+    parameters: SamplingParameters
+    output_index: int
+    """Index of the token among the generated ones, from 0."""
+    top_n_tokens: int = 0
+    known_ids: array[int] | None = None
+    """Prompt and output for the penalties; None without any. Without its last id when that is only on the device."""
+    pending_index: int | None = None
+    """Where in the step's input ids the last token of the history is, when ``known_ids`` lacks it."""
+
+
+@dataclass(slots=True)
+class TopCandidates:
+    """The top tokens of the rows that asked for some, still on the device."""
+
+    rows: list[int]
+    """Indices into S."""
+    wanted: list[int]
+    logprobs_RV: Tensor
+    values_RN: Tensor
+    ids_RN: Tensor
+    counts_R: Tensor
+    """How many tokens reach the row's last wanted logprob; beyond N the whole row has to be read."""
+
+
+@dataclass(slots=True)
+class Sampled:
+    ids_S: Tensor
+    """int64; -1 where the logits were not finite."""
+    logprobs_S: Tensor
+    """float32; log-softmax of the processed logits."""
+    top: TopCandidates | None
+
+
+def sample(logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor | None = None) -> Sampled:
+    """Choose a token for each row; ``logits_SV`` (float32) is overwritten.
+
+    A row's token and logprob depend on its logits, parameters and key alone, never on the other rows.
+    """
+    finite_S = _process(logits_SV, rows, input_ids_T)
+    best_S, ids_S = logits_SV.max(-1)  # the first of equal values: the lowest id
+    weights_SV = torch.sub(logits_SV, best_S.unsqueeze(-1)).exp_()
+    drawn = [index for index, row in enumerate(rows) if row.parameters.do_sample]
+    if drawn:
+        uniforms = torch.from_numpy(_uniforms([rows[index] for index in drawn])).to(logits_SV.device)
+        if len(drawn) == len(rows):
+            ids_S = inverse_cdf(weights_SV, uniforms)
+        else:
+            drawn_D = torch.tensor(drawn, device=logits_SV.device)
+            ids_S[drawn_D] = inverse_cdf(weights_SV[drawn_D], uniforms)
+    log_totals_S = weights_SV.sum(-1, dtype=torch.float64).log()
+    # NaN and infinities end up here whatever the row asked for.
+    finite_S = finite_S & torch.isfinite(best_S) & torch.isfinite(log_totals_S)
+    chosen_S = logits_SV.gather(-1, ids_S.unsqueeze(-1)).squeeze(-1)
+    logprobs_S = ((chosen_S - best_S).double() - log_totals_S).float()
+    top = _top_candidates(logits_SV, (best_S.double() + log_totals_S).float(), rows)
+    return Sampled(torch.where(finite_S, ids_S, -1), logprobs_S, top)
+
+
+def inverse_cdf(weights_SV: Tensor, uniforms_S: Tensor) -> Tensor:
+    """The first id at which the running sum of the weights exceeds ``uniform * total``; int64 [S].
+
+    ``weights_SV``: float32, not negative, at least one of a row positive, not necessarily normalised. ``uniforms_S``:
+    float64 in [0, 1). Sums are float64, and a token of weight 0 is never chosen.
+    """
+    num_rows, vocab_size = weights_SV.shape
+    num_blocks = -(-vocab_size // _BLOCK)
+    if vocab_size % _BLOCK:
+        weights_SV = torch.nn.functional.pad(weights_SV, (0, num_blocks * _BLOCK - vocab_size))
+    blocks_SBC = weights_SV.view(num_rows, num_blocks, _BLOCK)
+    ends_SB = torch.cumsum(blocks_SBC.sum(-1, dtype=torch.float64), -1)
+    targets_S1 = (uniforms_S * ends_SB[:, -1]).unsqueeze(-1)
+    block_S1 = _first_above(ends_SB, targets_S1)
+    begin_S1 = torch.where(block_S1 > 0, ends_SB.gather(-1, (block_S1 - 1).clamp(min=0)), 0.0)
+    inside_SC = blocks_SBC.gather(1, block_S1.unsqueeze(-1).expand(-1, -1, _BLOCK)).squeeze(1).double()
+    place_S1 = _first_above(begin_S1 + torch.cumsum(inside_SC, -1), targets_S1)
+    return (block_S1 * _BLOCK + place_S1).squeeze(-1)
+
+
+def _first_above(ends_SX: Tensor, targets_S1: Tensor) -> Tensor:
+    """Index of the first running sum above the target, [S, 1].
+
+    Where rounding leaves none, it is the first one that reaches the total: the last entry with a weight.
+    """
+    not_above = (ends_SX <= targets_S1).sum(-1, keepdim=True)
+    below_total = (ends_SX < ends_SX[:, -1:]).sum(-1, keepdim=True)
+    return torch.minimum(not_above, below_total)
+
+
+def _process(logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor | None) -> Tensor:
+    """Run the logits processors on the rows that want them, in place; returns which rows were finite, bool [S]."""
+    device = logits_SV.device
+    if all(row.parameters.is_neutral for row in rows):
+        return torch.ones(len(rows), dtype=torch.bool, device=device)
+    # Filters would hide a NaN, so look before, and let a neutral row take the place of a broken one.
+    finite_S = torch.isfinite(logits_SV.amax(-1))
+    if device.type != "cpu" or not bool(finite_S.all()):  # a look is free on a CPU and a stall elsewhere
+        logits_SV.masked_fill_(~finite_S.unsqueeze(-1), 0.0)
+    _penalise(logits_SV, rows, input_ids_T)
+    if any(row.parameters.temperature != 1.0 for row in rows):
+        temperatures = torch.tensor([row.parameters.temperature for row in rows], dtype=torch.float32)
+        divide_by_temperature(logits_SV, temperatures.to(device))
+    filtered = [index for index, row in enumerate(rows) if row.parameters.has_filter]
+    if filtered:
+        wanted = [rows[index].parameters for index in filtered]
+        filtered_F = torch.tensor(filtered, device=device)
+        logits_SV[filtered_F] = keep_likely(
+            logits_SV[filtered_F],
+            torch.tensor([parameters.top_k for parameters in wanted], device=device),
+            torch.tensor([parameters.top_p for parameters in wanted], dtype=torch.float64, device=device),
+            torch.tensor([parameters.typical_p for parameters in wanted], dtype=torch.float64, device=device),
+        )
+    return finite_S
+
+
+def _penalise(logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor | None) -> None:
+    penalised = [index for index, row in enumerate(rows) if row.parameters.has_penalty]
+    if not penalised:
+        return
+    device = logits_SV.device
+    wanted = [rows[index] for index in penalised]
+    history = _history(wanted, input_ids_T, device)
+    # Rows by their place in the whole batch, so that only touched logits are read and written.
+    history = replace(history, rows_N=torch.tensor(penalised, device=device)[history.rows_N])
+    lengths_S = torch.ones(len(rows), device=device)
+    lengths_S[torch.tensor(penalised, device=device)] = history.lengths_P
+    history = replace(history, lengths_P=lengths_S)
+    repetition = [row.parameters.repetition_penalty for row in rows]
+    if any(penalty != 1.0 for penalty in repetition):
+        penalise_repetition(logits_SV, history, torch.tensor(repetition, dtype=torch.float32, device=device))
+    frequency = [row.parameters.frequency_penalty for row in rows]
+    if any(penalty != 0.0 for penalty in frequency):
+        penalise_frequency(logits_SV, history, torch.tensor(frequency, dtype=torch.float32, device=device))
+
+
+def _history(rows: list[SamplingRow], input_ids_T: Tensor | None, device: torch.device) -> History:
+    """The histories of rows that all have one; row indices count from 0 in ``rows``."""
+    known = [np.array(row.known_ids, dtype=np.int64) for row in rows]
+    known_lengths = np.array([ids.shape[0] for ids in known])
+    pending = [(index, row.pending_index) for index, row in enumerate(rows) if row.pending_index is not None]
+    owners_N = torch.from_numpy(np.repeat(np.arange(len(rows)), known_lengths)).to(device)
+    ids_N = torch.from_numpy(np.concatenate(known)).to(device)
+    lengths = known_lengths.astype(np.float32)
+    if pending:
+        assert input_ids_T is not None
+        owners, places = zip(*pending, strict=True)
+        owners_N = torch.cat([owners_N, torch.tensor(owners, device=device)])
+        ids_N = torch.cat([ids_N, input_ids_T[torch.tensor(places, device=device)]])
+        lengths[list(owners)] += 1
+    return History(owners_N, ids_N, torch.from_numpy(lengths).to(device))
+
+
+def _uniforms(rows: list[SamplingRow]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    keys = [(row.parameters.seed, row.parameters.choice_index, row.output_index) for row in rows]
+    seeds, choices, indices = np.array(keys, dtype=np.uint64).T
+    return uniform(seeds, choices, indices)
+
+
+def _top_candidates(scores_SV: Tensor, log_totals_S: Tensor, rows: list[SamplingRow]) -> TopCandidates | None:
+    asking = [index for index, row in enumerate(rows) if row.top_n_tokens > 0]
+    if not asking:
+        return None
+    wanted = [rows[index].top_n_tokens for index in asking]
+    asking_R = torch.tensor(asking, device=scores_SV.device)
+    logprobs_RV = scores_SV[asking_R] - log_totals_S[asking_R].unsqueeze(-1)
+    places = min(max(wanted) + _SPARE_TOP_TOKENS, logprobs_RV.shape[-1])
+    values_RN, ids_RN = logprobs_RV.topk(places)
+    last_R1 = values_RN.gather(-1, torch.tensor(wanted, device=scores_SV.device).unsqueeze(-1) - 1)
+    counts_R = ((logprobs_RV >= last_R1) & (logprobs_RV > -torch.inf)).sum(-1)
+    return TopCandidates(asking, wanted, logprobs_RV, values_RN, ids_RN, counts_R)
+
+
+def read_top_tokens(logprobs_V: Tensor, values_N: list[float], ids_N: list[int], wanted: int, count: int) -> tuple[
+    list[int], list[float]
+]:
+    """Ids and logprobs of one row's top tokens: descending, lower ids first among ties, all ties at the last place.
+
+    ``count`` is how many tokens those are; when the prefetched ones do not cover them, the row itself is read.
+    """
+    if count > len(ids_N):
+        last = values_N[wanted - 1]
+        ids = (logprobs_V >= last).nonzero().squeeze(-1)
+        ids_N, values_N = ids.tolist(), logprobs_V[ids].tolist()
+    ordered = sorted(zip(ids_N, values_N, strict=True), key=lambda pair: (-pair[1], pair[0]))[:count]
+    return [token_id for token_id, _ in ordered], [value for _, value in ordered]

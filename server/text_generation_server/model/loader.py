@@ -1,0 +1,269 @@
+"""transformers builds and loads the model; the probe accepts or refuses it; the swaps make it fast."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from text_generation_server.attention import registry
+from text_generation_server.config import ConfigError, ShardConfig
+from text_generation_server.distributed import Group, alone
+from text_generation_server.engine.kv_cache import bytes_per_token
+from text_generation_server.model import bridge, checkpoint, parallel, probe
+from text_generation_server.model.swaps import table as swaps
+from text_generation_server.model.bridge import Unservable
+from text_generation_server.model.dtypes import resolve_dtype
+from text_generation_server.model.runner import ModelInfo
+from text_generation_server.model.transformers_runner import TransformersRunner
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""What is being done, how many parts are done, of how many."""
+
+
+def load_model(
+    config: ShardConfig,
+    folder: Path,
+    group: Group | None = None,
+    progress: Progress | None = None,
+    *,
+    without_swaps: Iterable[str] = (),
+) -> TransformersRunner:
+    """Load a model folder (config.json, safetensors) on this rank, probe it, and make it fast.
+
+    ``without_swaps`` names single swaps to leave out, for tests and diagnosis; ``config.swaps`` leaves out all.
+    Raises: ConfigError, one line, if the model cannot be served as asked.
+    """
+    group = group or alone()
+    progress = progress or (lambda what, done, total: None)
+    raw = checkpoint.read_json(folder / "config.json")
+    model_type = str(raw.get("model_type", "(none)"))
+    model_config = _model_config(config, folder, raw, model_type)
+    text_config = model_config.get_text_config(decoder=True)
+    if text_config is not model_config and not config.trust_remote_code:
+        raise _refused(model_type, "it is multimodal; only text models are served")
+    dtype = resolve_dtype(config.dtype, checkpoint.stored_dtype(folder, raw), group.device)
+    model = _load(config, folder, model_config, model_type, dtype, group, progress)
+    try:
+        return _prepare(config, folder, raw, model_type, model, dtype, group, progress, frozenset(without_swaps))
+    except Unservable as reason:
+        raise _refused(model_type, str(reason)) from reason
+
+
+def _refused(model_type: str, reason: str) -> ConfigError:
+    return ConfigError(f"model type `{model_type}` cannot be served: {reason}")
+
+
+def _model_config(config: ShardConfig, folder: Path, raw: dict[str, Any], model_type: str) -> Any:
+    """The library's configuration object, from data alone unless the user trusts the repository's code."""
+    import transformers
+
+    if raw.get("quantization_config"):
+        raise _refused(model_type, "its checkpoint is quantized in a way that is not supported")
+    if config.trust_remote_code and "auto_map" in raw:
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+    if model_type not in transformers.CONFIG_MAPPING:
+        hint = "; --trust-remote-code would run the repository's own code" if "auto_map" in raw else ""
+        raise _refused(model_type, f"transformers {transformers.__version__} does not know it{hint}")
+    clean = checkpoint.strip_code(raw)
+    try:
+        return transformers.CONFIG_MAPPING[model_type].from_dict(clean)
+    except Exception as error:  # the library validates with many exception types
+        raise _refused(model_type, f"its config.json is not valid ({_first_line(error)})") from error
+
+
+def _load(
+    config: ShardConfig,
+    folder: Path,
+    model_config: Any,
+    model_type: str,
+    dtype: torch.dtype,
+    group: Group,
+    progress: Progress,
+) -> nn.Module:
+    """Weights in place, on this rank's device, each rank with its slices."""
+    import transformers
+
+    options: dict[str, Any] = {"config": model_config, "dtype": dtype, "attn_implementation": "eager"}
+    if group.world_size > 1:
+        options["distributed_config"] = parallel.distributed_config(model_config, model_type, group)
+    elif group.device.type != "cpu":
+        options["device_map"] = {"": group.device}
+    trusted = config.trust_remote_code and getattr(model_config, "auto_map", None)
+    if trusted:
+        factory: Any = transformers.AutoModelForCausalLM
+        options["trust_remote_code"] = True
+    else:
+        factory = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+        if factory is None:
+            raise _refused(model_type, "transformers has no causal language model class for it")
+    files = checkpoint.weight_files(folder)
+    with _only_weights(folder, files) as clean_folder, _reported(progress):
+        try:
+            model, loaded = factory.from_pretrained(
+                folder if trusted else clean_folder,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise _refused(model_type, f"transformers cannot load it ({_first_line(error)})") from error
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise _refused(model_type, f"its checkpoint lacks {len(missing)} weights, the first is {missing[0]}")
+    model.eval().requires_grad_(False)
+    module: nn.Module = model
+    return module
+
+
+def _prepare(
+    config: ShardConfig,
+    folder: Path,
+    raw: dict[str, Any],
+    model_type: str,
+    model: Any,
+    dtype: torch.dtype,
+    group: Group,
+    progress: Progress,
+    without_swaps: frozenset[str],
+) -> TransformersRunner:
+    """Probe the model as it is, swap modules, probe again. Raises: Unservable."""
+    if group.world_size > 1:
+        parallel.parallelize(model, group)
+    text_config = model.config.get_text_config(decoder=True)
+    vocab_size = int(text_config.vocab_size)
+    num_layers = int(text_config.num_hidden_layers)
+    bridge.register()
+    progress("probe", 0, 2)
+    layers = probe.record(model, vocab_size=vocab_size, num_layers=num_layers, device=group.device)
+    expected = probe.reference(model, layers, vocab_size=vocab_size, dtype=dtype, device=group.device)
+    attention = registry.resolve(config.attention, group.device)
+    backend = registry.load(attention)(
+        layers=layers, block_size=config.block_size, dtype=dtype, device=group.device
+    )
+    info = ModelInfo(
+        model_type=model_type,
+        dtype=dtype,
+        device=group.device,
+        attention=attention,
+        vocab_size=expected.logits[0].shape[-1],
+        eos_token_ids=checkpoint.eos_token_ids(folder, raw),
+        max_position_embeddings=max_positions(text_config),
+        window_size=min((layer.window or layer.chunk for layer in layers if layer.window or layer.chunk), default=0),
+        kv_bytes_per_token=bytes_per_token(layers, dtype),
+        weight_bytes=0,
+    )
+    runner = TransformersRunner(model, layers=layers, backend=backend, block_size=config.block_size, info=info)
+    bridge.use_implementation(model, bridge.PAGED)
+    runner.allocate_kv_cache(probe.blocks_needed(config.block_size))
+    probe.verify(runner.forward, expected, block_size=config.block_size, what="the paged forward pass")
+    progress("probe", 1, 2)
+    if config.swaps:
+        swaps.apply(model, dtype=dtype, device=group.device, without=without_swaps)
+        runner.allocate_kv_cache(probe.blocks_needed(config.block_size))
+        probe.verify(runner.forward, expected, block_size=config.block_size, what="the pass with swapped modules")
+    runner.release_kv_cache()
+    runner.measure_weights()
+    progress("probe", 2, 2)
+    return runner
+
+
+def max_positions(text_config: Any) -> int:
+    """Longest sequence whose positions mean the same at every length; 0 if the configuration sets no limit.
+
+    Some rotary scalings (longrope) change all angles once a sequence passes the original length. In a paged cache the
+    earlier keys would keep their old angles, and a batch mate's length would decide: so the original length is the
+    limit there.
+    """
+    limit = 0
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length"):
+        value = getattr(text_config, name, None)
+        if isinstance(value, int) and value > 0:
+            limit = value
+            break
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        original = rope.get("original_max_position_embeddings") or getattr(
+            text_config, "original_max_position_embeddings", None
+        )
+        if isinstance(original, int) and 0 < original < limit:
+            logger.warning("longrope: sequences are limited to the original %d positions of %d", original, limit)
+            return original
+    return limit
+
+
+@contextlib.contextmanager
+def _only_weights(folder: Path, files: list[Path]) -> Iterator[Path]:
+    """A folder that shows the library nothing but the weights: no code, no adapters, no other configuration."""
+    with tempfile.TemporaryDirectory(prefix="text-generation-weights-") as name:
+        for path in (*files, folder / "model.safetensors.index.json"):
+            if path.is_file():
+                (Path(name) / path.name).symlink_to(path.resolve())
+        (Path(name) / "generation_config.json").write_text("{}", encoding="utf-8")  # the library insists on one
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _reported(progress: Progress) -> Iterator[None]:
+    """Send the library's progress bars to ``progress`` while it loads."""
+    from transformers.utils import logging as library_logging
+
+    if not hasattr(library_logging, "set_tqdm_hook"):  # older releases print or stay silent
+        yield
+        return
+
+    def hook(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Bar:
+        return _Bar(progress, *args, **kwargs)
+
+    previous = library_logging.set_tqdm_hook(hook)
+    try:
+        yield
+    finally:
+        library_logging.set_tqdm_hook(previous)
+
+
+class _Bar:
+    """As much of tqdm as the library uses."""
+
+    def __init__(self, progress: Progress, iterable: Iterable[Any] = (), *_: Any, **options: Any) -> None:
+        self._progress = progress
+        self._iterable = iterable
+        self._what = str(options.get("desc") or "loading")
+        self._done = 0
+        self._total = options.get("total") or (len(iterable) if hasattr(iterable, "__len__") else 0)
+        self._step = max(1, self._total // 100)
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._iterable:
+            yield item
+            self.update()
+
+    def update(self, count: int = 1) -> None:
+        self._done += count
+        if self._done % self._step == 0 or self._done == self._total:
+            self._progress(self._what, self._done, self._total)
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,225 @@
+"""What is served is found out, not declared: the load-time probe.
+
+A model's own attention over whole sequences gives reference logits. The same tokens then go through the paged path as
+the server runs it - two sequences packed together, prefilled in uneven chunks, then decoded token by token - and the
+logits must agree. State that lives outside of attention (convolutions, recurrences), positions taken from a mask,
+biases that never reach the attention interface: all of it shows as a difference.
+
+Shape legend: T tokens, H query heads, K key/value heads, D key width, E value width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from text_generation_server.attention.interface import LayerSpec
+from text_generation_server.engine.inputs import ForwardInputs
+from text_generation_server.model import bridge
+from text_generation_server.model.bridge import Unservable
+
+MAX_PROBE_TOKENS = 64
+SHORT_PROBE_TOKENS = 21
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}
+"""Largest mean error of a row of logits relative to its spread; rounding stays a factor of five below."""
+
+
+@dataclass(slots=True)
+class Recorder:
+    """Handler of the recording forward pass: notes how each layer attends, and attends densely."""
+
+    layers: list[LayerSpec]
+    modules: list[nn.Module]
+
+    def __call__(
+        self, module: nn.Module, query_HTD: Tensor, key_KTD: Tensor, value_KTE: Tensor, arguments: dict[str, Any]
+    ) -> Tensor:
+        bridge.check_arguments(arguments)
+        if any(module is known for known in self.modules):
+            raise Unservable("a layer attends more than once in a forward pass")
+        if key_KTD.shape[1] != query_HTD.shape[1] or value_KTE.shape[1] != query_HTD.shape[1]:
+            raise Unservable("its layers do not attend over the tokens they are given")
+        if query_HTD.shape[0] % key_KTD.shape[0] or key_KTD.shape[0] != value_KTE.shape[0]:
+            raise Unservable("its query heads do not share key/value heads evenly")
+        mask = arguments.get("attention_mask")
+        window, chunk = getattr(mask, "text_generation_sight", (arguments.get("sliding_window") or 0, 0))
+        self.modules.append(module)
+        self.layers.append(
+            LayerSpec(
+                query_heads=query_HTD.shape[0],
+                kv_heads=key_KTD.shape[0],
+                key_dim=key_KTD.shape[2],
+                value_dim=value_KTE.shape[2],
+                window=window,
+                chunk=chunk,
+            )
+        )
+        out = F.scaled_dot_product_attention(
+            query_HTD[None], key_KTD[None], value_KTE[None], is_causal=True, enable_gqa=True
+        )
+        return out[0].transpose(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Two prompts and the logits of the model's own attention at each of their positions."""
+
+    prompts: tuple[Tensor, Tensor]
+    logits: tuple[Tensor, Tensor]
+    """float32 [T, V] each."""
+    dtype: torch.dtype
+    """Of the model: what sets the tolerance."""
+
+
+@torch.inference_mode()
+def record(model: nn.Module, *, vocab_size: int, num_layers: int, device: torch.device) -> list[LayerSpec]:
+    """Learn how each layer attends and number its module. Raises: Unservable."""
+    recorder = Recorder([], [])
+    bridge.use_implementation(model, bridge.RECORDING)
+    ids = _token_ids(SHORT_PROBE_TOKENS, vocab_size, 1, device)
+    try:
+        with bridge.handling(recorder):
+            _run(model, ids)
+    except Unservable:
+        raise
+    except Exception as error:  # any failure of library code on packed input is a reason to refuse, not to crash
+        raise Unservable(f"it does not run with our attention function ({_first_line(error)})") from error
+    calls = len(recorder.layers)
+    if calls == 0:
+        raise Unservable("its attention does not go through transformers' attention interface")
+    if calls != num_layers:
+        raise Unservable(f"only {calls} of its {num_layers} layers use attention through transformers' interface")
+    for index, module in enumerate(recorder.modules):
+        setattr(module, bridge.LAYER_ATTRIBUTE, index)
+    return recorder.layers
+
+
+@torch.inference_mode()
+def reference(
+    model: nn.Module, layers: list[LayerSpec], *, vocab_size: int, dtype: torch.dtype, device: torch.device
+) -> Reference:
+    """Logits of the model's own attention, whole sequences at once, with its full mask."""
+    small = [size for layer in layers for size in (layer.window, layer.chunk) if size]
+    longest = min(MAX_PROBE_TOKENS, max([SHORT_PROBE_TOKENS + 8, *(size + 12 for size in small)]))
+    prompts = (_token_ids(longest, vocab_size, 1, device), _token_ids(SHORT_PROBE_TOKENS, vocab_size, 2, device))
+    bridge.use_implementation(model, "eager")
+    try:
+        logits = (_run(model, prompts[0]).float(), _run(model, prompts[1]).float())
+    except Exception as error:
+        raise Unservable(f"its own attention does not run ({_first_line(error)})") from error
+    for each in logits:
+        if not bool(each.isfinite().all()):
+            raise Unservable("its logits are not finite; try another --dtype")
+    return Reference(prompts, logits, dtype)
+
+
+@torch.inference_mode()
+def verify(forward: Callable[[ForwardInputs], Tensor], expected: Reference, *, block_size: int, what: str) -> None:
+    """Compare the paged path with the reference. ``forward`` writes to a cache of at least ``blocks_needed`` blocks.
+
+    Raises: Unservable, naming ``what`` was run.
+    """
+    rows: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for step in probe_steps(expected.prompts, block_size):
+        try:
+            logits = forward(pack(step))
+        except Exception as error:
+            raise Unservable(f"{what} fails ({_first_line(error)})") from error
+        for row in step:
+            rows[row.sequence].append(logits[: row.stop - row.start])
+            logits = logits[row.stop - row.start :]
+    errors = torch.cat([_row_errors(torch.cat(ours), own) for ours, own in zip(rows, expected.logits, strict=True)])
+    # In a short float a near-tie in a router sends single tokens elsewhere; a real mismatch shows in most rows.
+    error = float(errors.max() if expected.dtype == torch.float32 else errors.mean())
+    if not error <= TOLERANCE[expected.dtype]:
+        raise Unservable(f"{what} gives other logits than the model's own attention (relative error {error:.2g})")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Tokens ``start .. stop`` of a sequence, as one row of a step."""
+
+    sequence: int
+    ids: Tensor
+    start: int
+    stop: int
+    block_table: list[int]
+    block_size: int
+
+    @property
+    def decodes(self) -> bool:
+        return self.stop - self.start == 1 and self.start > 0
+
+
+def probe_steps(prompts: tuple[Tensor, Tensor], block_size: int) -> list[list[Row]]:
+    """Every token of both prompts once, in five steps that mix decode rows and chunks of uneven length."""
+    first, second = (len(prompt) for prompt in prompts)
+    cuts = [
+        [(0, 0, 13), (1, 0, 6)],
+        [(1, 6, 7), (0, 13, first - 2)],
+        [(0, first - 2, first - 1), (1, 7, second - 2)],
+        [(0, first - 1, first), (1, second - 2, second - 1)],
+        [(1, second - 1, second)],
+    ]
+    num_blocks = blocks_needed(block_size) // 2
+    tables = ([1 + 2 * i for i in range(num_blocks)], [2 + 2 * i for i in range(num_blocks)])  # scattered blocks
+    return [
+        [Row(index, prompts[index], start, stop, tables[index], block_size) for index, start, stop in step]
+        for step in cuts
+    ]
+
+
+def blocks_needed(block_size: int) -> int:
+    """Of the probe's cache, padding not counted."""
+    return 2 * -(-MAX_PROBE_TOKENS // block_size)
+
+
+def pack(rows: list[Row]) -> ForwardInputs:
+    """The inputs of one step; decode rows must come first. Logits are wanted for all tokens."""
+    device = rows[0].ids.device
+    positions = torch.cat([torch.arange(row.start, row.stop, device=device) for row in rows])
+    slots = [
+        row.block_table[position // row.block_size] * row.block_size + position % row.block_size
+        for row in rows
+        for position in range(row.start, row.stop)
+    ]
+    return ForwardInputs(
+        input_ids_T=torch.cat([row.ids[row.start : row.stop] for row in rows]),
+        position_ids_T=positions,
+        slots_T=torch.tensor(slots, device=device),
+        num_decode_rows=sum(row.decodes for row in rows),
+        query_lens=[row.stop - row.start for row in rows],
+        context_lens=[row.stop for row in rows],
+        block_tables=[row.block_table[: -(-row.stop // row.block_size)] for row in rows],
+        logits_indices_L=torch.arange(len(positions), device=device),
+    )
+
+
+def _run(model: nn.Module, ids_T: Tensor) -> Tensor:
+    """A plain forward pass over one whole sequence; logits [T, V]."""
+    positions = torch.arange(len(ids_T), device=ids_T.device)
+    logits: Tensor = model(input_ids=ids_T[None], position_ids=positions[None], use_cache=False).logits
+    return logits[0]
+
+
+def _token_ids(length: int, vocab_size: int, seed: int, device: torch.device) -> Tensor:
+    """Spread over the vocabulary, the same every time, without the first ids, where special tokens live."""
+    first = min(10, vocab_size // 2)
+    spread = (torch.arange(length, dtype=torch.int64) * 2654435761 + seed * 40503) % 2**31
+    return (first + spread % (vocab_size - first)).to(device)
+
+
+def _row_errors(ours_TV: Tensor, theirs_TV: Tensor) -> Tensor:
+    """Distance of each row relative to the spread of the reference row; [T]. Rows that are not finite count as 1e9."""
+    spread = (theirs_TV - theirs_TV.mean(-1, keepdim=True)).norm(dim=-1).clamp_min(1e-6)
+    return ((ours_TV - theirs_TV).norm(dim=-1) / spread).nan_to_num(1e9, 1e9, 1e9)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -1,0 +1,119 @@
+"""A transformers model that runs packed steps over a paged cache.
+
+Shape legend: T tokens of the step, L rows whose logits are wanted, V vocabulary, H query heads, K key/value heads,
+D key width, E value width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from text_generation_server.attention.interface import AttentionBackend, LayerSpec
+from text_generation_server.engine.inputs import ForwardInputs
+from text_generation_server.engine.kv_cache import KVCache
+from text_generation_server.model import bridge
+from text_generation_server.model.runner import ModelInfo
+
+
+class PagedStep:
+    """The handler of a running step: attention calls go to the back end, with the cache of the calling layer."""
+
+    __slots__ = ("backend", "cache", "calls", "layers", "plan")
+
+    def __init__(self, backend: AttentionBackend, layers: list[LayerSpec], cache: KVCache, plan: Any) -> None:
+        self.backend = backend
+        self.layers = layers
+        self.cache = cache
+        self.plan = plan
+        self.calls = 0
+
+    def __call__(
+        self, module: nn.Module, query_HTD: Tensor, key_KTD: Tensor, value_KTE: Tensor, arguments: dict[str, Any]
+    ) -> Tensor:
+        index: int = getattr(module, bridge.LAYER_ATTRIBUTE)
+        self.calls += 1
+        scaling = arguments.get("scaling")
+        return self.backend.attend(
+            self.plan,
+            self.layers[index],
+            self.cache.layers[index],
+            query_HTD,
+            key_KTD,
+            value_KTE,
+            scaling=query_HTD.shape[2] ** -0.5 if scaling is None else scaling,
+            softcap=arguments.get("softcap") or 0.0,
+            sinks_H=arguments.get("s_aux"),
+        )
+
+
+class TransformersRunner:
+    """Implements ``model/runner.py``'s ModelRunner."""
+
+    def __init__(
+        self, model: nn.Module, *, layers: list[LayerSpec], backend: AttentionBackend, block_size: int, info: ModelInfo
+    ) -> None:
+        self.model = model
+        self.layers = layers
+        self.backend = backend
+        self.block_size = block_size
+        self.cache: KVCache | None = None
+        self._info = info
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @property
+    def info(self) -> ModelInfo:
+        return self._info
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        self.cache = None  # freed before the new one is made
+        self.cache = KVCache(
+            self.layers,
+            num_blocks=num_blocks,
+            block_size=self.block_size,
+            dtype=self._info.dtype,
+            device=self._info.device,
+        )
+
+    def release_kv_cache(self) -> None:
+        """Give the cache's memory back; `allocate_kv_cache` makes the next one."""
+        self.cache = None
+
+    def measure_weights(self) -> None:
+        """Set ``info.weight_bytes`` to what parameters and buffers occupy now, shared storage counted once."""
+        storages = {}
+        for tensor in (*self.model.parameters(), *self.model.buffers()):
+            if tensor.layout is torch.strided:
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+            else:  # prepacked: the library's own layout, as large as its numbers or a little larger
+                storages[id(tensor)] = tensor.numel() * tensor.element_size()
+        self._info = dataclasses.replace(self._info, weight_bytes=sum(storages.values()))
+
+    def zero_blocks(self, block_ids: Iterable[int]) -> None:
+        """Clear blocks of a request that failed with not-a-number, before they are handed out again."""
+        assert self.cache is not None
+        self.cache.zero_blocks(block_ids)
+
+    @torch.inference_mode()
+    def forward(self, inputs: ForwardInputs) -> Tensor:
+        assert self.cache is not None, "allocate_kv_cache comes first"
+        step = PagedStep(self.backend, self.layers, self.cache, self.backend.prepare(inputs))
+        options = {"logits_to_keep": inputs.logits_indices_L} if self._keeps_logits else {}
+        with bridge.handling(step):
+            output = self.model(
+                input_ids=inputs.input_ids_T[None],
+                position_ids=inputs.position_ids_T[None],
+                use_cache=False,
+                **options,
+            )
+        assert step.calls == len(self.layers), f"{step.calls} of {len(self.layers)} layers attended"
+        logits: Tensor = output.logits[0]
+        if not self._keeps_logits:
+            logits = logits[inputs.logits_indices_L]
+        return logits.float()

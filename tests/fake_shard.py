@@ -1,0 +1,185 @@
+"""A shard without a model: it keeps the contract, checks that the router does, and echoes the prompt."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+from text_generation_proto.v1 import generate_pb2 as pb
+from text_generation_proto.v1.generate_pb2_grpc import (
+    TextGenerationServicer,
+    add_TextGenerationServicer_to_server,
+)
+
+
+@dataclass
+class EchoSequence:
+    """Output i is prompt token i (around and around)."""
+
+    new: pb.NewSequence
+    blocks: list[int]
+    num_computed: int = 0
+    num_outputs: int = 0
+    failed: bool = False
+
+
+@dataclass
+class FakeShard(TextGenerationServicer):
+    """Attributes are knobs for tests; set them before or while it runs."""
+
+    tokenizer_path: str = ""
+    eos_token_ids: tuple[int, ...] = ()
+    nonce: str = "nonce"
+    rank: int = 0
+    urls: tuple[str, ...] = ()
+    num_blocks: int = 256
+    block_size: int = 4
+    vocab_size: int = 512
+    max_position_embeddings: int = 512
+    prefill_logprobs: bool = False
+    step_s: float = 0.0
+    fail_steps: int = 0
+    """That many of the next steps fail as a whole."""
+    poisoned_token: int | None = None
+    """A sequence whose prompt holds it fails alone."""
+    epoch: int = 0
+    sequences: dict[int, EchoSequence] = field(default_factory=dict)
+    warmups: list[pb.WarmupRequest] = field(default_factory=list)
+    num_steps: int = 0
+
+    async def Info(self, request: pb.InfoRequest, context: Any) -> pb.InfoResponse:
+        return pb.InfoResponse(
+            launcher_nonce=self.nonce,
+            incarnation=1,
+            rank=self.rank,
+            world_size=len(self.urls),
+            urls=self.urls,
+            model_id="fake/echo",
+            model_type="echo",
+            dtype="float32",
+            device_type="cpu",
+            attention_impl="none",
+            block_size=self.block_size,
+            tokenizer_path=self.tokenizer_path,
+            eos_token_ids=self.eos_token_ids,
+            vocab_size=self.vocab_size,
+            max_position_embeddings=self.max_position_embeddings,
+            prefill_logprobs=self.prefill_logprobs,
+        )
+
+    async def Health(self, request: pb.HealthRequest, context: Any) -> pb.HealthResponse:
+        return pb.HealthResponse(incarnation=1, epoch=self.epoch, num_sequences=len(self.sequences))
+
+    async def Warmup(self, request: pb.WarmupRequest, context: Any) -> pb.WarmupResponse:
+        self.warmups.append(request)
+        return pb.WarmupResponse(num_blocks=self.num_blocks, derivation="fake")
+
+    async def ClearCache(self, request: pb.ClearCacheRequest, context: Any) -> pb.ClearCacheResponse:
+        assert request.epoch > self.epoch
+        self.epoch = request.epoch
+        self.sequences.clear()
+        return pb.ClearCacheResponse()
+
+    async def Steps(self, requests: AsyncIterator[pb.StepRequest], context: Any) -> AsyncIterator[pb.StepResult]:
+        last = 0
+        async for step in requests:
+            assert step.step_id == last + 1
+            last = step.step_id
+            if self.step_s:
+                await asyncio.sleep(self.step_s)
+            yield self.run(step)
+
+    def run(self, step: pb.StepRequest) -> pb.StepResult:
+        self.num_steps += 1
+        result = pb.StepResult(epoch=step.epoch, step_id=step.step_id)
+        if step.epoch != self.epoch or self.fail_steps:
+            self.fail_steps = max(self.fail_steps - 1, 0)
+            result.failure.message = "made to fail"
+            return result
+        for sequence_id in step.drops:
+            self.sequences.pop(sequence_id, None)
+        for new in step.prefill.new_sequences:
+            self.sequences[new.sequence_id] = EchoSequence(new, list(new.blocks))
+        for chunk in step.prefill.chunks:
+            self._prefill(chunk, result)
+        for addition in step.decode.additions:
+            self.sequences[addition.sequence_id].blocks += addition.blocks
+        for sequence_id in step.decode.sequence_ids:
+            sequence = self.sequences[sequence_id]
+            if sequence.failed:
+                continue
+            assert sequence.num_computed >= len(sequence.new.token_ids)
+            sequence.num_computed += 1
+            self._yield_token(sequence, result)
+        self._check_blocks()
+        result.timings.num_prefill_tokens = sum(chunk.num_tokens for chunk in step.prefill.chunks)
+        result.timings.num_decode_rows = len(step.decode.sequence_ids)
+        if self.rank:
+            del result.generations[:]
+        return result
+
+    def _prefill(self, chunk: pb.Chunk, result: pb.StepResult) -> None:
+        sequence = self.sequences[chunk.sequence_id]
+        first = sequence.num_computed
+        sequence.num_computed += chunk.num_tokens
+        sequence.blocks += chunk.new_blocks
+        assert sequence.num_computed <= len(sequence.new.token_ids)
+        if self.poisoned_token in sequence.new.token_ids:
+            result.failures.add(sequence_id=chunk.sequence_id, message="poisoned")
+            sequence.failed = True
+            return
+        if sequence.num_computed == len(sequence.new.token_ids):
+            sequence.num_outputs = len(sequence.new.token_ids) - sequence.new.num_prompt_tokens
+            generation = self._yield_token(sequence, result)
+        elif sequence.new.prefill_logprobs:
+            generation = result.generations.add(sequence_id=chunk.sequence_id)
+        else:
+            return
+        if sequence.new.prefill_logprobs:
+            generation.prefill.first_position = first
+            generation.prefill.logprobs.extend(
+                float("nan") if i == 0 else -float(i) for i in range(first, sequence.num_computed)
+            )
+
+    def _yield_token(self, sequence: EchoSequence, result: pb.StepResult) -> pb.Generation:
+        new = sequence.new
+        token_id = new.token_ids[sequence.num_outputs % new.num_prompt_tokens]
+        generation = result.generations.add(
+            sequence_id=new.sequence_id, first_output_index=sequence.num_outputs, token_ids=[token_id], logprobs=[-0.5]
+        )
+        if new.top_n_tokens:
+            ids = range(token_id, token_id + new.top_n_tokens)
+            generation.top_tokens.add(ids=ids, logprobs=[-0.5 - i for i in range(len(ids))])
+        sequence.num_outputs += 1
+        return generation
+
+    def _check_blocks(self) -> None:
+        owned = [block for sequence in self.sequences.values() for block in sequence.blocks]
+        assert len(owned) == len(set(owned)), "a block has two owners"
+        assert all(0 < block <= self.num_blocks for block in owned)
+        for sequence in self.sequences.values():
+            assert sequence.num_computed <= len(sequence.blocks) * self.block_size, "a token without a slot"
+
+
+@contextlib.asynccontextmanager
+async def serve_fake_shards(folder: Path, *shards: FakeShard) -> AsyncIterator[str]:
+    """Serve a rank group on unix sockets in ``folder``; gives the socket path of rank 0."""
+    urls = tuple(f"unix://{folder}/shard-{rank}" for rank in range(len(shards)))
+    servers = []
+    for rank, (url, shard) in enumerate(zip(urls, shards, strict=True)):
+        shard.rank, shard.urls = rank, urls
+        server = grpc.aio.server()
+        add_TextGenerationServicer_to_server(shard, server)  # type: ignore[no-untyped-call]
+        server.add_insecure_port(url)
+        await server.start()
+        servers.append(server)
+    try:
+        yield f"{folder}/shard-0"
+    finally:
+        await asyncio.gather(*(server.stop(0) for server in servers))

@@ -1,0 +1,228 @@
+"""The batching loop against a shard that keeps the contract, over real gRPC on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from builders import byte_tokenizer
+from fake_shard import FakeShard, serve_fake_shards
+from text_generation_router.detokenizer import Detokenizer
+from text_generation_router.errors import GenerationFailed
+from text_generation_router.metrics import Metrics
+from text_generation_router.scheduling.batcher import Batcher
+from text_generation_router.scheduling.blocks import BlockAllocator
+from text_generation_router.scheduling.budget import BatchLimits
+from text_generation_router.scheduling.requests import (
+    FinishReason,
+    PrefillEvent,
+    QueuedRequest,
+    Sampling,
+    TokenEvent,
+    ValidRequest,
+)
+from text_generation_router.scheduling.steps import StepScheduler
+from text_generation_router.shards.group import connect
+
+TOKENIZER = byte_tokenizer()
+EOS = 256
+
+
+@dataclass
+class Router:
+    batcher: Batcher
+    scheduler: StepScheduler
+    metrics: Metrics
+
+    def ask(self, prompt: str, max_new_tokens: int = 5, **options: object) -> QueuedRequest:
+        request = ValidRequest(
+            inputs=prompt,
+            input_ids=TOKENIZER.encode(prompt).ids,
+            sampling=Sampling(),
+            max_new_tokens=max_new_tokens,
+            **options,  # type: ignore[arg-type]
+        )
+        queued = QueuedRequest(request, 0, validation_s=0.0)
+        self.batcher.enqueue(queued)
+        return queued
+
+
+@contextlib.asynccontextmanager
+async def running(folder: Path, *shards: FakeShard, prefill: int = 64) -> AsyncIterator[Router]:
+    for shard in shards:
+        shard.eos_token_ids = (EOS,)
+    async with serve_fake_shards(folder, *shards) as path:
+        group = await connect(path, "nonce", timeout_s=5)
+        metrics = Metrics(max_input_tokens=100, max_total_tokens=200)
+        scheduler = StepScheduler(
+            BatchLimits(max_batch_prefill_tokens=prefill), BlockAllocator(shards[0].num_blocks, shards[0].block_size)
+        )
+        batcher = Batcher(group, scheduler, Detokenizer(TOKENIZER, frozenset({EOS})), metrics)
+        task = asyncio.create_task(batcher.run())
+        try:
+            yield Router(batcher, scheduler, metrics)
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await group.close()
+
+
+async def tokens(queued: QueuedRequest) -> list[TokenEvent]:
+    events = []
+    while batch := await queued.stream.get_all():
+        events += batch
+    return [event for event in events if isinstance(event, TokenEvent)]
+
+
+async def text(queued: QueuedRequest) -> str:
+    events = await tokens(queued)
+    finished = events[-1].finished
+    assert finished is not None
+    assert "".join(event.token.text for event in events if not event.token.special) == finished.generated_text
+    return finished.generated_text
+
+
+async def settled(router: Router, shard: FakeShard) -> None:
+    """Wait until the shard has heard of every drop."""
+    async with asyncio.timeout(5):
+        while shard.sequences or router.scheduler.blocks.num_used:  # noqa: ASYNC110 - the shard sends no event
+            await asyncio.sleep(0.01)
+
+
+async def test_a_request_is_answered(tmp_path: Path) -> None:
+    shard = FakeShard()
+    async with running(tmp_path, shard) as router:
+        events = await tokens(router.ask("hello", max_new_tokens=7))
+        assert [event.index for event in events] == [1, 2, 3, 4, 5, 6, 7]
+        assert [event.token.text for event in events] == list("hellohe")
+        finished = events[-1].finished
+        assert finished is not None
+        assert (finished.generated_text, finished.finish_reason) == ("hellohe", FinishReason.LENGTH)
+        assert (finished.generated_tokens, finished.input_length, finished.seed) == (7, 5, None)
+        await settled(router, shard)
+        assert router.batcher.num_requests == 0
+
+
+async def test_many_at_once_with_chunked_prompts(tmp_path: Path) -> None:
+    shard = FakeShard()
+    async with running(tmp_path, shard, prefill=7) as router:
+        prompts = [chr(ord("a") + i) * (3 * i + 1) for i in range(12)]
+        asked = [router.ask(prompt, max_new_tokens=i + 1) for i, prompt in enumerate(prompts)]
+        answers = await asyncio.gather(*(text(queued) for queued in asked))
+        assert answers == [prompt[0] * (i + 1) for i, prompt in enumerate(prompts)]
+        await settled(router, shard)
+
+
+async def test_preempted_requests_go_on_where_they_were(tmp_path: Path) -> None:
+    shard = FakeShard(num_blocks=12)
+    async with running(tmp_path, shard) as router:
+        asked = [router.ask(letter * 8, max_new_tokens=30) for letter in "abcd"]
+        assert await asyncio.gather(*(text(queued) for queued in asked)) == [letter * 30 for letter in "abcd"]
+        assert router.scheduler.num_preemptions > 0
+        await settled(router, shard)
+
+
+async def test_end_of_sequence(tmp_path: Path) -> None:
+    async with running(tmp_path, FakeShard()) as router:
+        events = await tokens(router.ask("ab</s>", max_new_tokens=9))
+        assert [event.token.special for event in events] == [False, False, True]
+        assert events[-1].finished is not None
+        assert events[-1].finished.finish_reason is FinishReason.EOS_TOKEN
+        assert events[-1].finished.generated_text == "ab"
+        ignoring = await tokens(router.ask("ab</s>", max_new_tokens=9, ignore_eos=True))
+        assert len(ignoring) == 9
+
+
+async def test_stop_text_across_tokens_ends_the_request_and_stays(tmp_path: Path) -> None:
+    shard = FakeShard()
+    async with running(tmp_path, shard) as router:
+        queued = router.ask("one two three", max_new_tokens=50, stop_sequences=("two",))
+        events = await tokens(queued)
+        assert events[-1].finished is not None
+        assert events[-1].finished.generated_text == "one two"
+        assert events[-1].finished.finish_reason is FinishReason.STOP_SEQUENCE
+        await settled(router, shard)
+
+
+async def test_top_tokens(tmp_path: Path) -> None:
+    async with running(tmp_path, FakeShard()) as router:
+        events = await tokens(router.ask("A", max_new_tokens=1, top_n_tokens=3))
+        assert events[0].top_tokens is not None
+        assert [token.text for token in events[0].top_tokens] == ["A", "B", "C"]
+
+
+async def test_prompt_logprobs_come_first_whatever_the_chunks(tmp_path: Path) -> None:
+    async with running(tmp_path, FakeShard(prefill_logprobs=True), prefill=2) as router:
+        queued = router.ask("abcde", max_new_tokens=1, decoder_input_details=True)
+        events = await queued.stream.get_all()
+        assert isinstance(events[0], PrefillEvent)
+        assert [(token.text, token.logprob) for token in events[0].tokens] == [
+            ("a", None),
+            ("b", -1.0),
+            ("c", -2.0),
+            ("d", -3.0),
+            ("e", -4.0),
+        ]
+
+
+async def test_a_client_that_leaves_frees_everything(tmp_path: Path) -> None:
+    shard = FakeShard(step_s=0.01)
+    async with running(tmp_path, shard) as router:
+        leaving, staying = router.ask("abc", max_new_tokens=10_000), router.ask("xyz", max_new_tokens=20)
+        await leaving.stream.get_all()
+        router.batcher.cancel(leaving)
+        router.batcher.cancel(leaving)
+        assert await text(staying) == "xyz" * 6 + "xy"
+        await settled(router, shard)
+        assert router.batcher.num_requests == 0
+
+
+async def test_a_failed_step_fails_what_ran_and_spares_what_waits(tmp_path: Path) -> None:
+    shard = FakeShard(step_s=0.02, num_blocks=8)
+    async with running(tmp_path, shard) as router:
+        ran = router.ask("abcd", max_new_tokens=20)
+        await ran.stream.get_all()
+        waits = router.ask("x" * 24, max_new_tokens=4)
+        shard.fail_steps = 1
+        with pytest.raises(GenerationFailed, match="Request failed during generation: Server error: made to fail"):
+            await tokens(ran)
+        assert await text(waits) == "xxxx"
+        assert router.batcher.ready()
+        await settled(router, shard)
+
+
+async def test_a_poisoned_request_fails_alone(tmp_path: Path) -> None:
+    shard = FakeShard(poisoned_token=TOKENIZER.encode("!").ids[0])
+    async with running(tmp_path, shard) as router:
+        good, bad = router.ask("good", max_new_tokens=8), router.ask("bad!", max_new_tokens=8)
+        assert await text(good) == "goodgood"
+        with pytest.raises(GenerationFailed, match="poisoned"):
+            await tokens(bad)
+        await settled(router, shard)
+
+
+async def test_two_ranks_answer_as_one(tmp_path: Path) -> None:
+    async with running(tmp_path, FakeShard(), FakeShard(step_s=0.01)) as router:
+        assert await text(router.ask("hello", max_new_tokens=6)) == "helloh"
+
+
+async def test_no_steps_while_idle(tmp_path: Path) -> None:
+    shard = FakeShard()
+    async with running(tmp_path, shard) as router:
+        await text(router.ask("hello"))
+        await settled(router, shard)
+        steps = shard.num_steps
+        await asyncio.sleep(0.2)
+        assert shard.num_steps == steps
+
+
+async def test_when_the_loop_ends_nobody_is_left_waiting(tmp_path: Path) -> None:
+    async with running(tmp_path, FakeShard(step_s=0.05)) as router:
+        queued = router.ask("hello", max_new_tokens=1000)
+        await queued.stream.get_all()
+    with pytest.raises(GenerationFailed, match="shutting down"):
+        await tokens(queued)

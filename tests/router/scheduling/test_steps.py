@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+from builders import queued
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from text_generation_router.scheduling.blocks import BlockAllocator
+from text_generation_router.scheduling.budget import BatchLimits, chunk_sizes
+from text_generation_router.scheduling.queue import AdmissionHold
+from text_generation_router.scheduling.requests import QueuedRequest
+from text_generation_router.scheduling.steps import StepPlan, StepScheduler
+
+
+def scheduler(
+    num_blocks: int = 64,
+    block_size: int = 4,
+    prefill: int = 16,
+    batch_size: int | None = None,
+    hold: AdmissionHold | None = None,
+) -> StepScheduler:
+    limits = BatchLimits(max_batch_prefill_tokens=prefill, max_batch_size=batch_size)
+    return StepScheduler(limits, BlockAllocator(num_blocks, block_size), hold)
+
+
+def plan(steps: StepScheduler, num_in_flight: int = 0) -> StepPlan:
+    step = steps.plan(num_in_flight=num_in_flight)
+    assert step is not None
+    return step
+
+
+@pytest.mark.parametrize(
+    ("remaining", "budget", "sizes"),
+    [
+        pytest.param([], 8, [], id="nothing to do"),
+        pytest.param([4, 4], 8, [4, 4], id="a budget may be used up exactly"),
+        pytest.param([4, 5, 1], 8, [4, 4, 0], id="the last one gets a part"),
+        pytest.param([4], 0, [0], id="no budget"),
+    ],
+)
+def test_chunk_sizes(remaining: list[int], budget: int, sizes: list[int]) -> None:
+    assert chunk_sizes(remaining, budget) == sizes
+
+
+def test_nothing_to_do_is_no_step() -> None:
+    assert scheduler().plan(num_in_flight=0) is None
+
+
+def test_a_prompt_is_sent_in_chunks_and_then_decoded() -> None:
+    steps = scheduler(prefill=16)
+    steps.waiting.append(queued(40, max_new_tokens=3))
+    sizes = [plan(steps).chunks[0][1] for _ in range(3)]
+    assert sizes == [16, 16, 8]
+    assert [len(plan(steps).decodes) for _ in range(2)] == [1, 1]
+    # Three tokens are on their way: a fourth row would lie past the maximum length.
+    assert steps.plan(num_in_flight=2) is None
+
+
+def test_decode_rows_come_first_and_count_against_the_budget() -> None:
+    steps = scheduler(prefill=16)
+    steps.waiting.append(queued(16))
+    plan(steps)
+    steps.waiting.append(queued(40))
+    step = plan(steps)
+    assert len(step.decodes) == 1
+    assert [size for _, size in step.chunks] == [15]
+
+
+def test_a_small_request_does_not_overtake_a_large_one() -> None:
+    steps = scheduler(num_blocks=10, block_size=4, prefill=64)
+    steps.waiting.append(queued(16))
+    plan(steps)
+    steps.waiting.append(queued(36))
+    steps.waiting.append(queued(4))
+    assert not plan(steps).new_sequences
+
+
+def test_batch_size_limits_the_running_sequences() -> None:
+    steps = scheduler(batch_size=2)
+    for _ in range(3):
+        steps.waiting.append(queued(2))
+    assert len(plan(steps).new_sequences) == 2
+    steps.finish(next(iter(steps.running.values())))
+    assert len(plan(steps).new_sequences) == 1
+
+
+def test_a_hold_keeps_requests_waiting_until_long_enough() -> None:
+    steps = scheduler(hold=AdmissionHold(waiting_served_ratio=2.0, max_waiting_tokens=3))
+    steps.waiting.append(queued(2, max_new_tokens=99))
+    plan(steps)
+    steps.waiting.append(queued(2))
+    assert [len(plan(steps).new_sequences) for _ in range(3)] == [0, 0, 1]
+
+
+def test_what_a_finished_sequence_owned_is_free_and_the_shards_drop_it() -> None:
+    steps = scheduler()
+    steps.waiting.append(queued(9))
+    sequence = plan(steps).new_sequences[0]
+    steps.finish(sequence)
+    steps.finish(sequence)
+    assert steps.blocks.num_used == 0
+    assert plan(steps).drops == [sequence.sequence_id]
+    assert steps.plan(num_in_flight=0) is None
+
+
+def test_cancel_finds_a_request_wherever_it_is() -> None:
+    steps = scheduler(batch_size=1)
+    running, waiting = queued(5), queued(5)
+    steps.waiting.append(running)
+    steps.waiting.append(waiting)
+    plan(steps)
+    steps.cancel(waiting)
+    steps.cancel(running)
+    assert len(steps.waiting) == 0
+    assert steps.blocks.num_used == 0
+
+
+def test_dry_blocks_preempt_the_newest_only_once_nothing_is_in_flight() -> None:
+    steps = scheduler(num_blocks=6, block_size=4, prefill=64)
+    old, new = queued(8, max_new_tokens=8), queued(7, max_new_tokens=8)
+    steps.waiting.append(old)
+    steps.waiting.append(new)
+    while steps.plan(num_in_flight=1) is not None:
+        pass
+    assert steps.num_preemptions == 0
+    step = plan(steps, num_in_flight=0)
+    assert steps.num_preemptions == 1
+    assert [sequence.queued for sequence in steps.running.values()] == [old]
+    assert len(step.drops) == 1
+    assert list(steps.waiting) == [new]
+
+
+def test_an_abandoned_epoch_owns_nothing() -> None:
+    steps = scheduler()
+    ran, waits = queued(5), queued(200)
+    steps.waiting.append(ran)
+    plan(steps)
+    steps.waiting.append(waits)
+    assert steps.abandon_epoch() == [ran]
+    assert steps.blocks.num_used == 0
+    assert steps.plan(num_in_flight=0) is not None, "what waits is served in the new epoch"
+
+
+class ObedientShard:
+    """Keeps the shard's side of the contract and complains where a plan breaks it."""
+
+    def __init__(self, steps: StepScheduler) -> None:
+        self.steps = steps
+        self.computed: dict[int, int] = {}
+        self.known: dict[int, int] = {}
+        self.tables: dict[int, list[int]] = {}
+
+    def run(self, step: StepPlan) -> list[int]:
+        """Returns the ids of the sequences that got a token."""
+        for sequence_id in step.drops:
+            del self.tables[sequence_id], self.known[sequence_id], self.computed[sequence_id]
+        for sequence in step.new_sequences:
+            self.tables[sequence.sequence_id] = []
+            self.known[sequence.sequence_id] = len(sequence.token_ids)
+            self.computed[sequence.sequence_id] = 0
+        rows = [(sequence.sequence_id, size) for sequence, size in step.chunks]
+        rows += [(sequence.sequence_id, 1) for sequence in step.decodes]
+        assert len(rows) == len(dict(rows)), "a sequence has one row in a step"
+        yields = []
+        for sequence_id, size in rows:
+            self.computed[sequence_id] += size
+            if self.computed[sequence_id] >= self.known[sequence_id]:
+                yields.append(sequence_id)
+        return yields
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    requests=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 20), st.integers(0, 30)), min_size=1, max_size=12),
+    num_blocks=st.integers(13, 40),
+    prefill=st.integers(1, 40),
+    batch_size=st.none() | st.integers(1, 4),
+    cancels=st.sets(st.integers(0, 11), max_size=3),
+)
+def test_every_request_gets_exactly_its_tokens(
+    requests: list[tuple[int, int, int]],
+    num_blocks: int,
+    prefill: int,
+    batch_size: int | None,
+    cancels: set[int],
+) -> None:
+    steps = scheduler(num_blocks=num_blocks, block_size=4, prefill=prefill, batch_size=batch_size)
+    shard = ObedientShard(steps)
+    arrivals = sorted(
+        ((at, queued(prompt, new, i)) for i, (prompt, new, at) in enumerate(requests)), key=lambda item: item[0]
+    )
+    everyone: list[QueuedRequest] = [request for _, request in arrivals]
+    in_flight: deque[list[int]] = deque()
+    for now in range(5000):
+        while arrivals and arrivals[0][0] <= now:
+            steps.waiting.append(arrivals.pop(0)[1])
+        if now == 15:
+            for request in everyone:
+                if request.request_id in cancels:
+                    request.stream.cancelled = True
+                    steps.cancel(request)
+        step = steps.plan(num_in_flight=len(in_flight)) if len(in_flight) < 2 else None
+        if step is not None:
+            assert step.num_prefill_tokens + len(step.decodes) <= max(prefill, len(step.decodes) + 1)
+            in_flight.append(shard.run(step))
+        owned = [block for sequence in steps.running.values() for block in sequence.blocks]
+        assert len(owned) == len(set(owned)) == steps.blocks.num_used
+        for sequence in steps.running.values():
+            held = len(sequence.blocks) * 4
+            assert shard.computed.get(sequence.sequence_id, 0) <= held, "no token without a slot"
+        if in_flight and (step is None or len(in_flight) == 2):
+            for sequence_id in in_flight.popleft():
+                running = steps.running.get(sequence_id)
+                if running is None:
+                    continue
+                running.queued.output_ids.append(7)
+                assert len(running.queued.output_ids) <= running.queued.request.max_new_tokens
+                if len(running.queued.output_ids) == running.queued.request.max_new_tokens:
+                    steps.finish(running)
+        if not (arrivals or steps.running or len(steps.waiting) or in_flight):
+            break
+    for request in everyone:
+        if request.request_id not in cancels:
+            assert len(request.output_ids) == request.request.max_new_tokens
+    assert steps.blocks.num_used == 0

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc.aio
+import pytest
+from fake_shard import FakeShard, serve_fake_shards
+from text_generation_proto.v1 import generate_pb2 as pb
+from text_generation_router.config import ConfigError
+from text_generation_router.shards.group import connect
+
+
+async def test_connect_learns_of_all_ranks(tmp_path: Path) -> None:
+    async with serve_fake_shards(tmp_path, FakeShard(), FakeShard()) as path:
+        group = await connect(path, "nonce", timeout_s=5)
+        assert group.info.world_size == 2
+        await group.close()
+
+
+async def test_a_shard_of_another_launcher_is_refused(tmp_path: Path) -> None:
+    async with serve_fake_shards(tmp_path, FakeShard(), FakeShard(nonce="other")) as path:
+        with pytest.raises(ConfigError, match="belongs to another launcher"):
+            await connect(path, "nonce", timeout_s=5)
+
+
+async def test_no_shard_is_an_error_and_no_hang(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Unable to connect to the Python model shards"):
+        await connect(f"{tmp_path}/nobody", "nonce", timeout_s=0.2)
+
+
+async def test_connect_waits_for_a_shard_that_is_still_loading(tmp_path: Path) -> None:
+    connecting = asyncio.create_task(connect(f"{tmp_path}/shard-0", "nonce", timeout_s=20))
+    await asyncio.sleep(0.3)
+    async with serve_fake_shards(tmp_path, FakeShard()):
+        await (await connecting).close()
+
+
+async def test_a_step_is_done_when_every_rank_has_acknowledged_it(tmp_path: Path) -> None:
+    slow = FakeShard(step_s=0.3)
+    async with serve_fake_shards(tmp_path, FakeShard(), slow) as path:
+        group = await connect(path, "nonce", timeout_s=5)
+        results: asyncio.Queue[pb.StepResult] = asyncio.Queue()
+        group.on_result = results.put_nowait
+        await group.reset()
+        step = pb.StepRequest()
+        step.prefill.new_sequences.add(sequence_id=1, token_ids=[5, 6], num_prompt_tokens=2, blocks=[1])
+        step.prefill.chunks.add(sequence_id=1, num_tokens=2)
+
+        def numbered(epoch: int, step_id: int) -> pb.StepRequest:
+            step.epoch, step.step_id = epoch, step_id
+            return step
+
+        await group.send(numbered)
+        assert group.num_in_flight == 1
+        assert group.ready()
+        result = await results.get()
+        assert slow.num_steps == 1
+        assert result.generations[0].token_ids == [5]
+        assert group.num_in_flight == 0
+        await group.close()
+
+
+async def test_a_refused_step_is_reported_once_and_reset_helps(tmp_path: Path) -> None:
+    shard = FakeShard(fail_steps=1)
+    async with serve_fake_shards(tmp_path, shard) as path:
+        group = await connect(path, "nonce", timeout_s=5)
+        failures: asyncio.Queue[str] = asyncio.Queue()
+        group.on_failure = failures.put_nowait
+        await group.reset()
+        await group.send(lambda epoch, step_id: pb.StepRequest(epoch=epoch, step_id=step_id))
+        assert await failures.get() == "made to fail"
+        assert not group.ready()
+        await group.reset()
+        assert group.ready()
+        assert shard.epoch == 2
+        await group.close()
+
+
+async def test_a_shard_that_goes_away_is_a_failure(tmp_path: Path) -> None:
+    failures: asyncio.Queue[str] = asyncio.Queue()
+    async with serve_fake_shards(tmp_path, FakeShard()) as path:
+        group = await connect(path, "nonce", timeout_s=5)
+        group.on_failure = failures.put_nowait
+        await group.reset()
+    assert await asyncio.wait_for(failures.get(), 10)
+    assert not group.ready()
+    with pytest.raises(grpc.aio.AioRpcError):
+        await asyncio.wait_for(group._clients[0].health(1.0), 5)
+    await group.close()
