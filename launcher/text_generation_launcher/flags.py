@@ -172,13 +172,9 @@ class Flags:
     hostname: Annotated[str, option("--hostname", help="IP address to listen on.")] = "0.0.0.0"
     port: Annotated[int, number("--port", "-p", help="Port to listen on.", max=65535)] = 3000
     prometheus_port: Annotated[
-        int,
-        number(
-            "--prometheus-port",
-            help="Accepted for compatibility: /metrics is on the HTTP port.",
-            max=65535,
-        ),
-    ] = 9000
+        int | None,
+        number("--prometheus-port", help="Serve /metrics on this port too; default: on --port alone.", max=65535),
+    ] = None
     cors_allow_origin: Annotated[
         list[str] | None, option("--cors-allow-origin", help="Repeatable; default: any origin.")
     ] = None

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,61 +22,66 @@ from text_generation_launcher.process import Seconds
 from text_generation_launcher.progress import Bars, StepLines
 from text_generation_launcher.report import (
     given_arguments,
-    is_terminal,
     ready_text,
     runtime_report,
     step_times,
     url,
-    wants_colour,
 )
-from text_generation_launcher.sockets import check_port, free_master_port, socket_path
-from text_generation_launcher.supervisor import Supervisor
+from text_generation_launcher.sockets import check_port, free_port, socket_path
+from text_generation_launcher.supervisor import Supervisor, stop_signals
 
 STDOUT = 1
 
 
 def launch(flags: Flags, environ: Mapping[str, str], warnings: Sequence[str]) -> int:
     """Run the server until it is told to stop; returns the exit code."""
-    log = open_log(flags, environ)
+    for number in stop_signals():
+        # Until the supervisor takes over there is nothing to stop: a clean end.
+        signal.signal(number, lambda *_: sys.exit(0))
+    sink = open_sink(flags, environ)
+    code = 1
     try:
-        code = _launch(flags, environ, warnings, log)
+        code = _launch(flags, environ, warnings, sink)
     except LauncherError as error:
         code = error.exit_code
-        _report(error, log, json_output=flags.json_output)
-    if not log.close():
-        # Nobody takes our last lines: the interpreter's own flush at exit would wait for ever.
-        os._exit(code)
+        _report(error, sink, json_output=flags.json_output)
+    finally:
+        if not sink.close():
+            # Nobody takes our last lines: the interpreter's own flush at exit would wait for ever.
+            os._exit(code)
     return code
 
 
-def _launch(flags: Flags, environ: Mapping[str, str], warnings: Sequence[str], log: LogSink) -> int:
+def _launch(flags: Flags, environ: Mapping[str, str], warnings: Sequence[str], sink: LogSink) -> int:
     if flags.env:
-        log.info(runtime_report(environ))
-    log.info(f"Args: {given_arguments(flags)}")
+        sink.info(runtime_report(environ))
+    sink.info(f"Args: {given_arguments(flags)}")
     config = resolve(flags, find_devices(environ))
     for warning in (*warnings, *config.warnings):
-        log.warning(warning)
+        sink.warning(warning)
     if flags.disable_custom_kernels:
-        log.info("`--disable-custom-kernels`: PyTorch's own operators only (attention torch)")
+        sink.info("`--disable-custom-kernels`: PyTorch's own operators only (attention torch)")
     check_port(config.hostname, flags.port)
+    if flags.port == 0:
+        config = dataclasses.replace(config, flags=dataclasses.replace(flags, port=free_port(0)))
     if config.num_shard > 1:
-        log.info(f"Sharding model on {config.num_shard} processes")
+        sink.info(f"Sharding model on {config.num_shard} processes")
         if flags.master_port is None:
-            config = dataclasses.replace(config, master_port=free_master_port(config.master_port))
+            config = dataclasses.replace(config, master_port=free_port(config.master_port))
     with socket_path(flags.shard_uds_path, config.num_shard) as uds_path:
         plan = make_plan(config, Launch(nonce=secrets.token_hex(16), uds_path=uds_path, environ=environ))
         supervisor = Supervisor(
             plan,
-            log,
+            sink,
             grace_s=flags.graceful_termination_timeout,
-            on_ready=lambda seconds: _announce(config, seconds, log),
+            on_ready=lambda seconds: _announce(config, seconds, sink),
         )
         return asyncio.run(supervisor.run())
 
 
-def open_log(flags: Flags, environ: Mapping[str, str]) -> LogSink:
+def open_sink(flags: Flags, environ: Mapping[str, str]) -> LogSink:
     """Logs go to standard output, as TGI's do."""
-    terminal = is_terminal(STDOUT, environ) and not flags.json_output
+    terminal = os.isatty(STDOUT) and environ.get("TERM") != "dumb" and not flags.json_output
     colour = wants_colour(environ, is_terminal=terminal)
 
     def render(record: Record) -> str:
@@ -88,6 +94,14 @@ def open_log(flags: Flags, environ: Mapping[str, str]) -> LogSink:
     return LogSink(display, render, level=own_level(environ.get("LOG_LEVEL", "info")))
 
 
+def wants_colour(environ: Mapping[str, str], *, is_terminal: bool) -> bool:
+    """LOG_COLORIZE decides where it is given, then NO_COLOR, then whether a person is looking."""
+    asked = environ.get("LOG_COLORIZE", "").lower()
+    if asked:
+        return asked in ("1", "true", "yes")
+    return is_terminal and not environ.get("NO_COLOR")
+
+
 def _write_line(text: str) -> None:
     # The descriptor itself: a buffered stream would keep what its reader does not take, and its lock.
     data = memoryview(text.encode("utf-8", "backslashreplace") + b"\n")
@@ -95,20 +109,20 @@ def _write_line(text: str) -> None:
         data = data[os.write(STDOUT, data) :]
 
 
-def _announce(config: LauncherConfig, seconds: Seconds, log: LogSink) -> None:
+def _announce(config: LauncherConfig, seconds: Seconds, sink: LogSink) -> None:
     if config.flags.json_output:
         rounded = {step: round(spent, 3) for step, spent in seconds.items()}
-        log.info(f"Ready at {url(config)}", url=url(config), seconds=rounded)
+        sink.info(f"Ready at {url(config)}", url=url(config), seconds=rounded)
         return
-    log.info(f"Ready in {seconds['total']:.2f}s ({step_times(seconds)})")
-    log.text(ready_text(config, seconds))
+    sink.info(f"Ready in {seconds['total']:.2f}s ({step_times(seconds)})")
+    sink.text(ready_text(config))
 
 
-def _report(error: LauncherError, log: LogSink, *, json_output: bool) -> None:
+def _report(error: LauncherError, sink: LogSink, *, json_output: bool) -> None:
     """The one clear line; arguments are refused in TGI's words on standard error."""
     if json_output:
-        log.error(str(error), error=error.name)
+        sink.error(str(error), error=error.name)
     elif isinstance(error, ArgumentValidation | NotEnoughCUDADevices):
         sys.stderr.write(f"Error: {error.name}({json.dumps(str(error), ensure_ascii=False)})\n")
     else:
-        log.error(str(error), error=error.name)
+        sink.error(str(error), error=error.name)

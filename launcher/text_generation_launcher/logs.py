@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol
 
-from text_generation_launcher.progress import Progress
 from text_generation_proto.logs import LEVELS
+
+from text_generation_launcher.progress import Progress, Span
 
 TARGET = "text_generation_launcher"
 
@@ -41,14 +42,14 @@ class Record:
     level: str = "INFO"
     target: str = TARGET
     timestamp: str = field(default_factory=now)
-    span: Mapping[str, Any] | None = None
-    """``{"name": "shard-manager", "rank": 0}``, or None for the launcher's and the router's lines."""
+    span: Span = None
+    """``{"name": "shard-manager", "rank": 0}``, or a request's span of the router; the launcher's lines have none."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     flat: bool = False
     """The router's JSON lines carry their fields at the top, as TGI's router does."""
 
 
-def parse_line(line: bytes, *, span: Mapping[str, Any] | None, flat: bool) -> tuple[Record, bool]:
+def parse_line(line: bytes, *, span: Span, flat: bool) -> tuple[Record, bool]:
     """A child's line as a record, and whether it was one of JSON; any other text becomes an INFO record."""
     text = line.decode("utf-8", "replace").rstrip("\r\n")
     try:
@@ -58,6 +59,10 @@ def parse_line(line: bytes, *, span: Mapping[str, Any] | None, flat: bool) -> tu
     if not isinstance(content, dict) or "message" not in content:
         return Record(message=text, span=span, flat=flat), False
     level = str(content.pop("level", "INFO")).upper()
+    own_span = content.get("span")
+    if span is None and isinstance(own_span, dict) and "name" in own_span:
+        span = own_span
+        content.pop("span")
     return Record(
         message=str(content.pop("message")),
         level=_LEVEL_NAMES.get(level, level),
@@ -76,7 +81,7 @@ def render_json(record: Record) -> str:
     else:
         line |= {"fields": {"message": record.message, **record.fields}, "target": record.target}
     if record.span is not None:
-        line |= {"span": record.span, "spans": [record.span]}
+        line = {**line, "span": record.span, "spans": line.get("spans", [record.span])}
     return json.dumps(line, ensure_ascii=False, default=str)
 
 
@@ -84,7 +89,7 @@ def render_text(record: Record, *, colour: bool = False) -> str:
     own = record.target == TARGET
     # A second line of a child's message is indented, so that it cannot pass for a log line of its own.
     message = record.message.translate(_CONTROL).replace("\n", "\n" if own else "\n    ")
-    fields = dict(record.fields)
+    fields = {name: value for name, value in record.fields.items() if name != "spans"}
     exception = str(fields.pop("exception", "") or "")
     pairs = "".join(f" {key}={_value(value)}" for key, value in fields.items())
     if exception:
@@ -104,8 +109,8 @@ def _value(value: Any) -> str:
 
 
 def _span(span: Mapping[str, Any]) -> str:
-    inside = " ".join(f"{key}={value}" for key, value in span.items() if key != "name")
-    return f"{span['name']}{{{inside}}}" if inside else str(span["name"])
+    inside = " ".join(f"{key}={_value(value)}" for key, value in span.items() if key != "name")
+    return _value(span["name"]) + (f"{{{inside}}}" if inside else "")
 
 
 def own_level(log_level: str) -> int:
@@ -122,7 +127,8 @@ class Display(Protocol):
     """Where lines and progress end up; used by the writer thread alone."""
 
     def line(self, text: str) -> None: ...
-    def progress(self, progress: Progress, span: Mapping[str, Any] | None) -> None: ...
+    def progress(self, progress: Progress, span: Span) -> None: ...
+    def end_progress(self, span: Span) -> None: ...
     def close(self) -> None: ...
 
 
@@ -140,18 +146,18 @@ class LogSink:
         self._thread = threading.Thread(target=self._write, name="log-writer", daemon=True)
         self._thread.start()
 
-    def log(self, level: str, message: str, span: Mapping[str, Any] | None = None, **fields: Any) -> None:
+    def log(self, level: str, message: str, span: Span = None, **fields: Any) -> None:
         """One of the launcher's own lines."""
         if _NUMBERS[level] >= self._level:
             self.emit(Record(level=level, message=message, span=span, fields=fields))
 
-    def info(self, message: str, span: Mapping[str, Any] | None = None, **fields: Any) -> None:
+    def info(self, message: str, span: Span = None, **fields: Any) -> None:
         self.log("INFO", message, span, **fields)
 
-    def warning(self, message: str, span: Mapping[str, Any] | None = None, **fields: Any) -> None:
+    def warning(self, message: str, span: Span = None, **fields: Any) -> None:
         self.log("WARN", message, span, **fields)
 
-    def error(self, message: str, span: Mapping[str, Any] | None = None, **fields: Any) -> None:
+    def error(self, message: str, span: Span = None, **fields: Any) -> None:
         self.log("ERROR", message, span, **fields)
 
     def emit(self, record: Record) -> None:
@@ -161,8 +167,12 @@ class LogSink:
         """Plain text for people."""
         self._put(lambda: self._display.line(text))
 
-    def progress(self, progress: Progress, span: Mapping[str, Any] | None) -> None:
+    def progress(self, progress: Progress, span: Span) -> None:
         self._put(lambda: self._display.progress(progress, span))
+
+    def end_progress(self, span: Span) -> None:
+        """Nothing more is under way in ``span``: no bar may stay."""
+        self._put(lambda: self._display.end_progress(span))
 
     def close(self, timeout: float = 2.0) -> bool:
         """Write what is left; False when the stream took it not in time."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
@@ -11,10 +12,11 @@ import time
 from collections import deque
 from typing import Any, cast
 
+from text_generation_proto.lifeline import LIFELINE_FD
+
 from text_generation_launcher.logs import LogSink, Record, parse_line
 from text_generation_launcher.plan import ProcessSpec, Role
 from text_generation_launcher.progress import parse_progress
-from text_generation_proto.lifeline import LIFELINE_FD
 
 _LONGEST_LINE = 1 << 20
 _LAST_OUTPUT_S = 1.0
@@ -30,27 +32,28 @@ class Child(asyncio.SubprocessProtocol):
     comes when that thread ends.
     """
 
-    def __init__(self, spec: ProcessSpec, log: LogSink) -> None:
+    def __init__(self, spec: ProcessSpec, sink: LogSink) -> None:
         loop = asyncio.get_running_loop()
         self.spec = spec
         self.ready: asyncio.Future[Seconds] = loop.create_future()
         """Duration of each step of the start, in seconds."""
         self.exited: asyncio.Future[int] = loop.create_future()
         """Exit code, or minus the signal's number; set when the last output has been read."""
-        self.exit_time = float("inf")
+        self.start_time = time.monotonic()
+        self.ready_time = self.exit_time = float("inf")
         self.resolved_sha = ""
-        self._log = log
+        self._sink = sink
         self._last_error: str | None = None
         self._raw: deque[str] = deque(maxlen=50)
         self._partial: dict[int, bytes] = {}
         self._transport: asyncio.SubprocessTransport | None = None
 
     @classmethod
-    async def start(cls, spec: ProcessSpec, log: LogSink, lifeline: int) -> Child:
+    async def start(cls, spec: ProcessSpec, sink: LogSink, lifeline: int) -> Child:
         """Start it in a session of its own: Ctrl-C in the terminal reaches the launcher alone."""
         loop = asyncio.get_running_loop()
         _, child = await loop.subprocess_exec(
-            lambda: cls(spec, log),
+            lambda: cls(spec, sink),
             *spec.argv,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -103,6 +106,7 @@ class Child(asyncio.SubprocessProtocol):
     def _finish(self) -> None:
         assert self._transport is not None
         if not self.exited.done():
+            self._sink.end_progress(self.spec.span)
             self.exited.set_result(self._transport.get_returncode() or 0)
             self._transport.close()
 
@@ -117,7 +121,7 @@ class Child(asyncio.SubprocessProtocol):
         elif record.level == "ERROR":
             self._last_error = record.message
         if "event" not in record.fields:
-            self._log.emit(record)
+            self._sink.emit(record)
         else:
             self._on_event(record)
 
@@ -125,14 +129,17 @@ class Child(asyncio.SubprocessProtocol):
         fields = dict(record.fields)
         event = fields.pop("event")
         if event == "progress" and (progress := parse_progress(fields)):
-            self._log.progress(progress, self.spec.span)
+            self._sink.progress(progress, self.spec.span)
             return
         if event == "ready":
+            seconds = _seconds(fields.pop("seconds", None))
+            self._sink.end_progress(self.spec.span)
             if not self.ready.done():
-                self.ready.set_result(_seconds(fields.pop("seconds", None)))
+                self.ready_time = time.monotonic()
+                self.ready.set_result(seconds)
         elif event == "resolved":
             self.resolved_sha = str(fields.get("sha") or "")
-        self._log.emit(record)
+        self._sink.emit(dataclasses.replace(record, fields=fields))
 
     # -- its end ------------------------------------------------------------------------------------
 
@@ -141,24 +148,31 @@ class Child(asyncio.SubprocessProtocol):
         if not self.alive:
             return
         span = self.spec.span
-        self._log.info(f"Terminating {self.name}", span)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGTERM)
-        self._log.info(f"Waiting for {self.name} to gracefully shutdown", span)
+        self._sink.info(f"Terminating {self.name}", span)
+        self.signal(signal.SIGTERM)
+        self._sink.info(f"Waiting for {self.name} to gracefully shutdown", span)
         await asyncio.wait([self.exited], timeout=grace_s)
         if self.exited.done():
-            self._log.info(f"{self.name} terminated", span)
+            self._sink.info(f"{self.name} terminated", span)
             return
-        self._log.info(f"Killing {self.name}", span)
+        self._sink.info(f"Killing {self.name}", span)
         await self.kill()
-        self._log.info(f"{self.name} killed", span)
+        self._sink.info(f"{self.name} killed", span)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it to the child itself, if it lives."""
+        if self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     async def kill(self) -> None:
         self.kill_group()
         await asyncio.wait([self.exited])
 
     def kill_group(self) -> None:
-        """SIGKILL to the child and to everything in its process group."""
+        """SIGKILL to the child and to everything in its process group. Does nothing once `exited` is set."""
+        if self.exited.done():
+            return  # the number may be another process's by now
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
 
@@ -167,9 +181,9 @@ class Child(asyncio.SubprocessProtocol):
         code = self.exited.result()
         if self._last_error is None and self._raw:
             output = "\n".join(self._raw)
-            self._log.error(f"{self.name.capitalize()} complete standard error output:\n{output}", self.spec.span)
+            self._sink.error(f"{self.name.capitalize()} complete standard error output:\n{output}", self.spec.span)
         if code < 0:
-            self._log.error(
+            self._sink.error(
                 f"{self.name.capitalize()} process was signaled to shutdown with signal {-code}", self.spec.span
             )
 

@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
+Span = Mapping[str, Any] | None
+"""Log span of the child that reports; tells the ranks apart."""
+Clock = Callable[[], float]
+Write = Callable[[str], None]
+Render = Callable[[str, Span], str]
+"""A message and its span as a log line."""
+
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -31,6 +38,11 @@ class Progress:
     def __str__(self) -> str:
         total = f" of {amount(self.total, self.unit)} ({self.done / self.total:.0%})" if self.total else ""
         return f"{self.stage.capitalize()}: {amount(self.done, self.unit)}{total}"
+
+    def ended(self, seconds: float) -> str:
+        """The plain line that remains of a stage."""
+        spent = f" in {seconds:.1f} s" if seconds >= 0.05 else ""
+        return f"{self.stage.capitalize()}: {amount(self.done, self.unit)}{spent}"
 
 
 def parse_progress(fields: Mapping[str, Any]) -> Progress | None:
@@ -53,34 +65,30 @@ def amount(number: float, unit: str) -> str:
 class StepLines:
     """Progress as lines: one at the end of a stage, and before it one each ``every_s`` seconds."""
 
-    def __init__(
-        self,
-        write: Callable[[str], None],
-        render: Callable[[str, Mapping[str, Any] | None], str],
-        *,
-        every_s: float = 5.0,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, write: Write, render: Render, *, every_s: float = 5.0, clock: Clock = time.monotonic) -> None:
         self._write = write
         self._render = render
         self._every_s = every_s
         self._clock = clock
-        self._last: dict[tuple[str, str], float] = {}
+        self._times: dict[tuple[str, str], tuple[float, float]] = {}
+        """By stage and span: when it began, and when its last line was due."""
 
     def line(self, text: str) -> None:
         self._write(text)
 
-    def progress(self, progress: Progress, span: Mapping[str, Any] | None) -> None:
-        key = (progress.stage, str(span))
+    def progress(self, progress: Progress, span: Span) -> None:
+        key = (str(span), progress.stage)
         now = self._clock()
-        last = self._last.setdefault(key, now)
+        began, last = self._times.setdefault(key, (now, now))
         if progress.finished:
-            del self._last[key]
-        elif now - last < self._every_s:
-            return
-        else:
-            self._last[key] = now
-        self._write(self._render(str(progress), span))
+            del self._times[key]
+            self._write(self._render(progress.ended(now - began), span))
+        elif now - last >= self._every_s:
+            self._times[key] = (began, now)
+            self._write(self._render(str(progress), span))
+
+    def end_progress(self, span: Span) -> None:
+        self._times = {key: times for key, times in self._times.items() if key[0] != str(span)}
 
     def close(self) -> None:
         pass
@@ -89,11 +97,13 @@ class StepLines:
 class Bars:
     """Progress as bars on a terminal; each ends as a plain line, and none is left behind."""
 
-    def __init__(self, write: Callable[[str], None], render: Callable[[str, Mapping[str, Any] | None], str]) -> None:
+    def __init__(self, write: Write, render: Render, *, clock: Clock = time.monotonic) -> None:
         self._write = write
         self._render = render
+        self._clock = clock
         self._rich: RichProgress | None = None
-        self._tasks: dict[tuple[str, str], TaskID] = {}
+        self._bars: dict[tuple[str, str], tuple[TaskID, float]] = {}
+        """By span and stage: rich's task, and when it began."""
 
     def line(self, text: str) -> None:
         if self._rich is None:
@@ -103,28 +113,43 @@ class Bars:
 
         self._rich.console.print(Text.from_ansi(text), soft_wrap=True)
 
-    def progress(self, progress: Progress, span: Mapping[str, Any] | None) -> None:
-        key = (progress.stage, str(span))
+    def progress(self, progress: Progress, span: Span) -> None:
+        key = (str(span), progress.stage)
         if progress.finished:
-            self._finish(key)
-            self._write(self._render(str(progress), span)) if self._rich is None else self.line(
-                self._render(str(progress), span)
-            )
+            _, began = self._bars.get(key, (None, self._clock()))
+            self._remove(key)
+            self.line(self._render(progress.ended(self._clock() - began), span))
             return
         rich = self._rich or self._open()
-        if key not in self._tasks:
-            rank = "" if not span or "rank" not in span else f" {span['rank']}"
-            self._tasks[key] = rich.add_task(progress.stage.capitalize() + rank, total=progress.total or None)
-        rich.update(self._tasks[key], completed=progress.done, total=progress.total or None, info=_info(progress))
+        total = progress.total or None
+        if key not in self._bars:
+            rank = f" {span['rank']}" if span and "rank" in span else ""
+            task = rich.add_task(progress.stage.capitalize() + rank, total=total, info="")
+            self._bars[key] = (task, self._clock())
+        rich.update(self._bars[key][0], completed=progress.done, total=total, info=_info(progress))
+
+    def end_progress(self, span: Span) -> None:
+        for key in [key for key in self._bars if key[0] == str(span)]:
+            self._remove(key)
 
     def close(self) -> None:
+        self._bars.clear()
+        self._stop()
+
+    def _remove(self, key: tuple[str, str]) -> None:
+        if key in self._bars and self._rich is not None:
+            self._rich.remove_task(self._bars.pop(key)[0])
+        if not self._bars:
+            self._stop()
+
+    def _stop(self) -> None:
+        """Take rich off the terminal: its refreshing thread would run as long as the server."""
         if self._rich is not None:
             self._rich.stop()
             self._rich = None
-            self._tasks.clear()
 
     def _open(self) -> RichProgress:
-        # Imported when the first bar is drawn: --help and --env need no bars.
+        # Imported when the first bar is drawn: --help and --env need none.
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -142,13 +167,6 @@ class Bars:
         )
         self._rich.start()
         return self._rich
-
-    def _finish(self, key: tuple[str, str]) -> None:
-        task = self._tasks.pop(key, None)
-        if task is not None and self._rich is not None:
-            self._rich.remove_task(task)
-        if not self._tasks:
-            self.close()
 
 
 def _info(progress: Progress) -> str:

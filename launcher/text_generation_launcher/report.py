@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
 import shutil
@@ -65,24 +64,22 @@ def url(config: LauncherConfig) -> str:
 
 
 def step_times(seconds: Seconds) -> str:
-    """``download 1.20 s, load 0.31 s``; the total is not a step."""
-    return ", ".join(f"{step} {spent:.2f} s" for step, spent in seconds.items() if step != "total")
+    """``import 1.93 s, load 0.31 s``: the steps that a person can notice; the total is not a step."""
+    return ", ".join(f"{step} {spent:.2f} s" for step, spent in seconds.items() if step != "total" and spent >= 0.01)
 
 
-def ready_text(config: LauncherConfig, seconds: Seconds) -> str:
-    """For a person: where the server is, how long its start took, and two lines to try."""
+def ready_text(config: LauncherConfig) -> str:
+    """For a person: where the server is, and two lines to try."""
     key = " -H 'authorization: Bearer YOUR_API_KEY'" if config.flags.api_key is not None else ""
     body = """'{"inputs": "What is the capital of France?", "parameters": {"max_new_tokens": 20}}'"""
-    curl = f"{url(config)}/generate -H 'content-type: application/json'{key} -d {body}"
+    request = f"-H 'content-type: application/json'{key} -d {body}"
     return "\n".join(
         [
             "",
-            f"{config.flags.model_id} is ready at {url(config)}",
-            f"  {seconds['total']:.2f} s in all: {step_times(seconds)}",
+            f"{config.flags.model_id} is ready at {url(config)}. Try:",
             "",
-            "  Try:",
-            f"  curl {curl}",
-            f"  curl -N {curl.replace('/generate', '/generate_stream', 1)}",
+            f"  curl {url(config)}/generate {request}",
+            f"  curl -N {url(config)}/generate_stream {request}",
             "",
         ]
     )
@@ -100,15 +97,3 @@ def _output(*command: str) -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.rstrip() for line in answer.stdout.splitlines() if line.strip()]
-
-
-def wants_colour(environ: Mapping[str, str], *, is_terminal: bool) -> bool:
-    """LOG_COLORIZE decides where it is given, then NO_COLOR, then whether a person is looking."""
-    asked = environ.get("LOG_COLORIZE", "").lower()
-    if asked:
-        return asked in ("1", "true", "yes")
-    return is_terminal and not environ.get("NO_COLOR")
-
-
-def is_terminal(fd: int, environ: Mapping[str, str]) -> bool:
-    return os.isatty(fd) and environ.get("TERM") != "dumb"

@@ -41,9 +41,9 @@ def _why_not(hostname: str, port: int) -> str | None:
     return None
 
 
-def free_master_port(preferred: int) -> int:
-    """``preferred`` when it is free, else one that the system chooses."""
-    if _why_not("127.0.0.1", preferred) is None:
+def free_port(preferred: int) -> int:
+    """``preferred`` when it is free, else (and for 0) one that the system chooses."""
+    if preferred and _why_not("127.0.0.1", preferred) is None:
         return preferred
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

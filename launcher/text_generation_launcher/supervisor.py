@@ -26,13 +26,20 @@ from text_generation_launcher.process import Child, Seconds
 
 WAITING_S = 10.0
 """How often a launch that takes long says that it is still waiting."""
-SHORT_GRACE_S = 5.0
-"""For a process that has no request to finish."""
+SHORT_GRACE_S = 8.0
+"""For a process that has no request to finish; a shard gives its running step 5 seconds."""
 FAILURE_GRACE_S = 10.0
 """For a router whose shards are gone: enough to answer its clients with an error."""
+LAST_WORD_S = 2.0
+"""For the router after a second signal."""
 _SETTLE_S = 0.3
+"""How much later than the router's end the end of a shard may be seen that caused it."""
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+def stop_signals() -> list[signal.Signals]:
+    """Signals that ask for an end. One that is ignored already stays so: `nohup` means it."""
+    asking = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [number for number in asking if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class Phase(enum.Enum):
@@ -48,13 +55,13 @@ class Supervisor:
     def __init__(
         self,
         plan: Plan,
-        log: LogSink,
+        sink: LogSink,
         *,
         grace_s: float,
         on_ready: Callable[[Seconds], None] = lambda _: None,
     ) -> None:
         self._plan = plan
-        self._log = log
+        self._sink = sink
         self._grace_s = grace_s
         self._on_ready = on_ready
         self._phase = Phase.DOWNLOADING
@@ -72,7 +79,7 @@ class Supervisor:
         """
         loop = asyncio.get_running_loop()
         life = asyncio.create_task(self._live())
-        handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        handled = stop_signals()
         for number in handled:
             loop.add_signal_handler(number, self._on_signal, number, life)
         try:
@@ -95,14 +102,18 @@ class Supervisor:
 
     def _on_signal(self, number: int, life: asyncio.Task[None]) -> None:
         if not life.done() and not life.cancelling():
-            self._log.info(f"Received {signal.Signals(number).name}, stopping")
+            self._sink.info(f"Received {signal.Signals(number).name}, stopping")
             life.cancel()
             return
-        self._log.warning(f"Received {signal.Signals(number).name} again, killing all processes")
+        self._sink.warning(f"Received {signal.Signals(number).name} again, stopping at once")
         self._second_signal = number
         for child in self._children:
-            if child.alive:
+            if child is not self._router:
                 child.kill_group()
+        if self._router is not None:
+            # It drains already: asked again it ends its streams with an error instead of a broken connection.
+            self._router.signal(signal.SIGTERM)
+            asyncio.get_running_loop().call_later(LAST_WORD_S, self._router.kill_group)
 
     # -- the phases ---------------------------------------------------------------------------------
 
@@ -121,21 +132,21 @@ class Supervisor:
         await self._serve()
 
     async def _download(self, spec: ProcessSpec) -> str:
-        self._log.info("Starting check and download process", spec.span)
+        self._sink.info("Starting check and download process", spec.span)
         child = await self._spawn(spec)
         if await child.exited != 0:
             child.log_end()
             raise DownloadError(f"Download encountered an error: {child.reason}")
-        self._log.info("Successfully downloaded weights", spec.span)
+        self._sink.info("Successfully downloaded weights", spec.span)
         return child.resolved_sha
 
     async def _start(self) -> Seconds:
-        """Start the shards and the router at once; the duration of each step of theirs, the slowest rank's."""
+        """Start the shards and the router at once, and wait until all are ready."""
         started = time.monotonic()
         for spec in self._plan.shards:
-            self._log.info("Starting shard", spec.span)
+            self._sink.info("Starting shard", spec.span)
             self._shards.append(await self._spawn(spec))
-        self._log.info("Starting Webserver")
+        self._sink.info("Starting Webserver")
         self._router = await self._spawn(self._plan.router)
         waiting = set(self._children_of_the_group())
         while waiting:
@@ -145,16 +156,26 @@ class Supervisor:
                 raise await self._failure_while_starting()
             became_ready = {child for child in waiting if child.ready.done()}
             for child in became_ready & set(self._shards):
-                self._log.info(f"Shard ready in {time.monotonic() - started:.2f}s", child.spec.span)
+                self._sink.info(f"Shard ready in {time.monotonic() - started:.2f}s", child.spec.span)
             waiting -= became_ready
             if not became_ready:
-                for child in waiting:
-                    self._log.info(f"Waiting for {child.name} to be ready...", child.spec.span)
+                for child in waiting & set(self._shards) or waiting:
+                    self._sink.info(f"Waiting for {child.name} to be ready...", child.spec.span)
+        return self._steps()
+
+    def _steps(self) -> Seconds:
+        """Duration of each step of the start: of several ranks the slowest, and then the router's."""
+        assert self._router is not None
         seconds: Seconds = {}
-        for child in self._children_of_the_group():
-            for step, spent in child.ready.result().items():
+        for shard in self._shards:
+            for step, spent in shard.ready.result().items():
                 seconds[step] = max(spent, seconds.get(step, 0.0))
-        return seconds
+        router = self._router.ready.result()
+        if "connect" in router:
+            # It has waited for the shards meanwhile, which is their time.
+            waited = max(shard.ready_time for shard in self._shards) - self._router.start_time
+            router["connect"] = max(0.0, router["connect"] - waited)
+        return seconds | router
 
     async def _serve(self) -> None:
         """Wait for the first end, which nobody asked for."""
@@ -174,9 +195,13 @@ class Supervisor:
 
     async def _first_dead(self) -> Child:
         """The child whose end explains the others': a shard before the router, and of several the first."""
-        await asyncio.wait(self._exits(), timeout=_SETTLE_S)
-        dead = [child for child in self._children_of_the_group() if child.exited.done()]
-        return min(dead, key=lambda child: (child is self._router, child.exit_time))
+        if all(child.alive for child in self._shards):
+            # A router that ends because it lost a shard may be seen to end first.
+            await asyncio.wait([child.exited for child in self._shards], timeout=_SETTLE_S)
+        dead = [child for child in self._children_of_the_group() if not child.alive]
+        first = min(dead, key=lambda child: (child is self._router, child.exit_time))
+        await first.exited
+        return first
 
     # -- the end ------------------------------------------------------------------------------------
 
@@ -203,13 +228,16 @@ class Supervisor:
 
     async def _stop_shards(self) -> None:
         if any(child.alive for child in self._shards):
-            self._log.info("Shutting down shards")
+            self._sink.info("Shutting down shards")
         await asyncio.gather(*(child.terminate(SHORT_GRACE_S) for child in self._shards))
 
     # -- children -----------------------------------------------------------------------------------
 
     async def _spawn(self, spec: ProcessSpec) -> Child:
-        child = await Child.start(spec, self._log, self._lifeline)
+        try:
+            child = await Child.start(spec, self._sink, self._lifeline)
+        except OSError as error:
+            raise LauncherError(f"Cannot start {spec.role.value}: {error.strerror or error}") from error
         self._children.append(child)
         return child
 

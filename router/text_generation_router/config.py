@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
+
+DEFAULT_BATCH_PREFILL_TOKENS = 4096
 
 
 class ConfigError(ValueError):
@@ -38,6 +41,8 @@ class RouterFlags:
     graceful_termination_timeout: int = 90
     compute_type: str = "gpu+optimized"
     launcher_nonce: str = ""
+    git_sha: str | None = None
+    docker_label: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,3 +68,119 @@ class Limits:
                 f"`max_input_tokens` must be < `max_total_tokens`. "
                 f"Given: {self.max_input_tokens} and {self.max_total_tokens}"
             )
+
+
+class ModelInfo(Protocol):
+    """What resolving needs to know of the model; the shards tell it."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def prefill_logprobs(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmupLimits:
+    """What the shards must know to size their KV cache; 0 is "choose what fits"."""
+
+    max_batch_prefill_tokens: int
+    max_batch_total_tokens: int
+    max_batch_size: int
+    max_total_tokens: int
+    max_concurrent_requests: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """The limits the router serves by, all of them settled."""
+
+    limits: Limits
+    max_concurrent_requests: int
+    max_batch_prefill_tokens: int
+    """Prompt tokens plus decode rows of one step."""
+    max_batch_total_tokens: int
+    """Tokens of KV cache for all running requests."""
+    max_batch_size: int | None
+    """Running requests; None is no limit beside the KV cache."""
+
+
+def warmup_limits(flags: RouterFlags, info: ModelInfo) -> WarmupLimits:
+    """What is known before the shards have said how much fits.
+
+    Raises: ConfigError for all that is wrong whatever fits.
+    """
+    if flags.validation_workers < 1:
+        raise ConfigError("`validation_workers` must be > 0")
+    if flags.max_batch_size is not None and flags.max_batch_size < 1:
+        raise ConfigError("`max_batch_size` must be > 0")
+    if flags.max_concurrent_requests < 1:
+        raise ConfigError("`max_concurrent_requests` must be > 0")
+    positions = info.max_position_embeddings
+    max_total = flags.max_total_tokens
+    if max_total is not None and 0 < positions < max_total:
+        raise ConfigError(
+            f"`max_total_tokens` must be <= the {positions} positions that the model was made for. Given: {max_total}"
+        )
+    if max_total is not None and flags.max_input_tokens is not None and flags.max_input_tokens >= max_total:
+        raise ConfigError(
+            f"`max_input_tokens` must be < `max_total_tokens`. Given: {flags.max_input_tokens} and {max_total}"
+        )
+    batch_total = flags.max_batch_total_tokens
+    if batch_total is not None:
+        _check_batch_total(flags.max_batch_prefill_tokens, max_total, batch_total)
+    return WarmupLimits(
+        max_batch_prefill_tokens=_prefill_tokens(flags, info),
+        max_batch_total_tokens=batch_total or 0,
+        max_batch_size=flags.max_batch_size or 0,
+        max_total_tokens=max_total or 0,
+        max_concurrent_requests=flags.max_concurrent_requests,
+    )
+
+
+def resolve(flags: RouterFlags, info: ModelInfo, num_blocks: int) -> RouterConfig:
+    """Fill in all that was not given, now that ``num_blocks`` are known to fit. Raises: ConfigError."""
+    capacity = num_blocks * info.block_size
+    _check_batch_total(flags.max_batch_prefill_tokens, flags.max_total_tokens, capacity)
+    max_total = flags.max_total_tokens
+    if max_total is None:
+        max_total = min(capacity, info.max_position_embeddings or capacity)
+    limits = Limits(
+        max_best_of=flags.max_best_of,
+        max_stop_sequences=flags.max_stop_sequences,
+        max_top_n_tokens=flags.max_top_n_tokens,
+        max_input_tokens=max_total - 1 if flags.max_input_tokens is None else flags.max_input_tokens,
+        max_total_tokens=max_total,
+        vocab_size=info.vocab_size,
+        disable_grammar_support=flags.disable_grammar_support,
+        prefill_logprobs=info.prefill_logprobs,
+    )
+    return RouterConfig(
+        limits=limits,
+        max_concurrent_requests=flags.max_concurrent_requests,
+        max_batch_prefill_tokens=min(_prefill_tokens(flags, info), capacity),
+        max_batch_total_tokens=capacity,
+        max_batch_size=flags.max_batch_size,
+    )
+
+
+def _prefill_tokens(flags: RouterFlags, info: ModelInfo) -> int:
+    if flags.max_batch_prefill_tokens is not None:
+        return flags.max_batch_prefill_tokens
+    # The decode rows of a full house come out of the same budget: they must leave room for a prompt.
+    rows = min(flags.max_concurrent_requests, flags.max_batch_size or flags.max_concurrent_requests)
+    return max(DEFAULT_BATCH_PREFILL_TOKENS, rows + info.block_size)
+
+
+def _check_batch_total(max_prefill: int | None, max_total: int | None, batch_total: int) -> None:
+    if max_prefill is not None and max_prefill > batch_total:
+        raise ConfigError(
+            f"`max_batch_prefill_tokens` must be <= `max_batch_total_tokens`. Given: {max_prefill} and {batch_total}"
+        )
+    if max_total is not None and max_total > batch_total:
+        raise ConfigError(
+            f"`max_total_tokens` must be <= `max_batch_total_tokens`. Given: {max_total} and {batch_total}"
+        )

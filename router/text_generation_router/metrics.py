@@ -121,7 +121,7 @@ class _Series:
 class Metrics:
     """All metrics of the router; an attribute is the metric's name without ``tgi_``."""
 
-    content_type = "text/plain; charset=utf-8"
+    content_type = b"text/plain; charset=utf-8"
 
     def __init__(self, *, max_input_tokens: int, max_total_tokens: int) -> None:
         duration = DURATION_BUCKETS

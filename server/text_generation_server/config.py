@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,3 +43,119 @@ class ShardConfig:
     world_size: int = 1
     master_addr: str = "localhost"
     master_port: int = 29500
+
+
+EMBEDDED_MODEL = "embedded"
+"""The model id of the small model that ships with this package."""
+
+MAX_SOCKET_PATH_BYTES = 107
+"""Of a unix socket on Linux, without the closing zero."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeFlags:
+    """The arguments of ``serve`` as given; None where an option was not."""
+
+    model_id: str
+    revision: str | None = None
+    sharded: bool = False
+    quantize: str | None = None
+    speculate: int | None = None
+    dtype: str | None = None
+    kv_cache_dtype: str | None = None
+    trust_remote_code: bool = False
+    uds_path: Path = Path("/tmp/text-generation-server")
+    otlp_endpoint: str | None = None
+    max_input_tokens: int | None = None
+
+
+def resolve(flags: ServeFlags, env: Mapping[str, str]) -> ShardConfig:
+    """Flags and environment -> configuration. Raises: ConfigError naming the flag or variable."""
+    _refuse_unsupported(flags, env)
+    rank, world_size, master_addr, master_port = _ranks(env) if flags.sharded else (0, 1, "localhost", 29500)
+    uds_path = flags.uds_path.absolute()
+    if len(f"{uds_path}-{rank}".encode()) > MAX_SOCKET_PATH_BYTES:
+        raise ConfigError(f"`--uds-path {uds_path}` is longer than a unix socket's path may be; choose a shorter one")
+    if flags.max_input_tokens is not None and flags.max_input_tokens < 1:
+        raise ConfigError(f"`--max-input-tokens` must be at least 1, got {flags.max_input_tokens}")
+    return ShardConfig(
+        model_id=flags.model_id,
+        revision=flags.revision,
+        dtype=_dtype(flags.dtype),
+        trust_remote_code=flags.trust_remote_code,
+        uds_path=uds_path,
+        attention=env.get("ATTENTION") or None,
+        max_input_tokens=flags.max_input_tokens,
+        prefill_logprobs=_boolean(env, "REQUEST_LOGPROBS", default=False),
+        cuda_memory_fraction=_fraction(env, "CUDA_MEMORY_FRACTION"),
+        swaps=_boolean(env, "TGI_SWAPS", default=True),
+        launcher_nonce=env.get("TGI_LAUNCHER_NONCE", ""),
+        incarnation=_integer(env, "TGI_INCARNATION", default=1, least=1),
+        rank=rank,
+        world_size=world_size,
+        master_addr=master_addr,
+        master_port=master_port,
+    )
+
+
+def _refuse_unsupported(flags: ServeFlags, env: Mapping[str, str]) -> None:
+    """Refuse by name what would otherwise be ignored."""
+    wanted: dict[str, object] = {
+        "--quantize": flags.quantize,
+        "--speculate": flags.speculate,
+        "--kv-cache-dtype": flags.kv_cache_dtype if flags.kv_cache_dtype != "auto" else None,
+        "--otlp-endpoint": flags.otlp_endpoint,
+    }
+    wanted |= {name: env.get(name) for name in ("LORA_ADAPTERS", "ROPE_SCALING", "ROPE_FACTOR")}
+    for name, value in wanted.items():
+        if value not in (None, "", 0, "none", "off"):
+            raise ConfigError(f"`{name} {value}` is not supported yet; leave `{name}` out")
+
+
+def _ranks(env: Mapping[str, str]) -> tuple[int, int, str, int]:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if not env.get(name):
+            raise ConfigError(f"{name} must be set when sharded is True")
+    world_size = _integer(env, "WORLD_SIZE", default=1, least=1)
+    rank = _integer(env, "RANK", default=0, least=0)
+    if rank >= world_size:
+        raise ConfigError(f"RANK must be below WORLD_SIZE={world_size}, got {rank}")
+    return rank, world_size, env["MASTER_ADDR"], _integer(env, "MASTER_PORT", default=29500, least=1)
+
+
+def _dtype(name: str | None) -> Dtype | None:
+    if name is None:
+        return None
+    try:
+        return Dtype(name)
+    except ValueError:
+        raise ConfigError(f"`--dtype` must be one of {', '.join(Dtype)}, got {name}") from None
+
+
+def _boolean(env: Mapping[str, str], name: str, *, default: bool) -> bool:
+    value = env.get(name, "").strip().lower()
+    if value in ("", "0", "false", "no", "off", "1", "true", "yes", "on"):
+        return value in ("1", "true", "yes", "on") if value else default
+    raise ConfigError(f"{name} must be true or false, got {value!r}")
+
+
+def _integer(env: Mapping[str, str], name: str, *, default: int, least: int) -> int:
+    text = env.get(name) or str(default)
+    try:
+        value = int(text)
+    except ValueError:
+        raise ConfigError(f"{name} must be an integer, got {text!r}") from None
+    if value < least:
+        raise ConfigError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
+def _fraction(env: Mapping[str, str], name: str) -> float:
+    text = env.get(name) or "1.0"
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise ConfigError(f"{name} must be a number in (0, 1], got {text!r}")
+    return value

@@ -90,7 +90,9 @@ def join(config: ShardConfig) -> Group:
         )
     except (RuntimeError, ValueError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"shard {config.rank} of {config.world_size} could not join its peers: {first_line}") from error
+        raise ConfigError(
+            f"shard {config.rank} of {config.world_size} could not join its peers: {first_line}"
+        ) from error
     logger.info("rank %d of %d joined over %s", config.rank, config.world_size, backend)
     return Group(config.rank, config.world_size, device)
 

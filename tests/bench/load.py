@@ -28,6 +28,7 @@ from bench.apis import APIS, Api
 from bench.report import End, Outcome, Report, summarise
 from bench.sse import ProtocolError, SseReader
 
+HOST = "127.0.0.1"
 Result = TypeVar("Result")
 
 
@@ -101,7 +102,7 @@ async def exchange_events(url: str, path: str, body: dict[str, Any], limit_s: fl
     start = time.perf_counter()
     try:
         async with asyncio.timeout(limit_s):
-            await loop.create_connection(lambda: exchange, address.hostname, address.port or 80)
+            await loop.create_connection(lambda: exchange, address.hostname or HOST, address.port or 80)
             await exchange.done
     except (OSError, TimeoutError) as error:
         exchange.error = f"{type(error).__name__}: {error}"
@@ -125,8 +126,7 @@ async def closed_loop(
     results: list[Result] = []
 
     async def client() -> None:
-        for prompt in waiting:
-            results.append(await one(prompt))
+        results.extend([await one(prompt) for prompt in waiting])
 
     async with asyncio.TaskGroup() as group:
         for _ in range(concurrency):

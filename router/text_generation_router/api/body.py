@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from itertools import accumulate
 from typing import TypeVar
 
 import msgspec
@@ -14,7 +14,7 @@ from text_generation_router.errors import BodyTooLarge, NotJson, UnsupportedBody
 MAX_DEPTH = 64
 """Levels of arrays and objects in a body. No body of ours needs a dozen."""
 
-_STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 Body = TypeVar("Body")
@@ -40,15 +40,16 @@ async def read_json(scope: Scope, receive: Receive, decoder: msgspec.json.Decode
 def decode(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
     """Decode strictly. Raises: NotJson, WrongJson."""
     try:
-        if _is_too_deep(body):
-            raise NotJson(f"recursion limit exceeded: more than {MAX_DEPTH} levels")
-        return decoder.decode(body)
+        decoded = decoder.decode(body)
     except msgspec.ValidationError as error:
         raise WrongJson(_reason(str(error))) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise NotJson(str(error)) from None
     except RecursionError:
         raise NotJson("recursion limit exceeded") from None
+    if _is_too_deep(body):
+        raise NotJson(f"recursion limit exceeded: more than {MAX_DEPTH} levels")
+    return decoded
 
 
 def _check_headers(scope: Scope) -> None:
@@ -72,7 +73,7 @@ async def _read(scope: Scope, receive: Receive, limit: int) -> bytes:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
-        chunk = message.get("body", b"")
+        chunk: bytes = message.get("body", b"")
         size += len(chunk)
         if size > limit:
             raise BodyTooLarge
@@ -82,19 +83,13 @@ async def _read(scope: Scope, receive: Receive, limit: int) -> bytes:
 
 
 def _is_too_deep(body: bytes) -> bool:
-    """Whether brackets nest deeper than MAX_DEPTH, without a Python loop over the bytes.
-
-    An unbalanced body is left to the decoder, which refuses it.
-    """
+    """Whether the brackets of a valid document nest deeper than MAX_DEPTH, without a Python loop over its bytes."""
     if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
         return False
-    brackets = _STRINGS.sub(b"", body).translate(None, _NOT_BRACKETS)
-    for _ in range(MAX_DEPTH):
-        inner = brackets.replace(b"[]", b"").replace(b"{}", b"")
-        if len(inner) == len(brackets):
-            return False
-        brackets = inner
-    return bool(brackets)
+    # Without escapes, every other piece between quotes lies outside of strings.
+    outside = body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
+    brackets = b"".join(outside).translate(None, _NOT_BRACKETS)
+    return max(accumulate(map(_STEPS.__getitem__, brackets)), default=0) > MAX_DEPTH
 
 
 def _reason(message: str) -> str:

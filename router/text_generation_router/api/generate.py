@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import re
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from starlette.types import Receive, Scope, Send
 
+from text_generation_router.api.accounting import counted, record_success
 from text_generation_router.api.body import header, read_json
-from text_generation_router.api.disconnect import ClientGone, until_disconnect
-from text_generation_router.api.reply import send_json
+from text_generation_router.api.disconnect import until_disconnect
+from text_generation_router.api.reply import JSON, send_body
 from text_generation_router.api.schemas import (
     BestOfSequence,
     CompatGenerateBody,
@@ -24,14 +21,15 @@ from text_generation_router.api.schemas import (
     GenerateParameters,
     GenerateRequest,
     GenerateResponse,
+    PrefillTokenBody,
+    TokenBody,
+    as_f32,
+    token_body,
 )
 from text_generation_router.api.sse import EventStreamResponse, Headers, error_frame, relay
-from text_generation_router.errors import InternalError, RouterError
+from text_generation_router.errors import RouterError
 from text_generation_router.inference import Choice, GenerationResult, Inference
 from text_generation_router.metrics import Metrics
-from text_generation_router.scheduling.requests import PrefillToken, RequestTimings, Token
-
-logger = logging.getLogger(__name__)
 
 _generate_body = msgspec.json.Decoder(GenerateBody)
 _compat_body = msgspec.json.Decoder(CompatGenerateBody)
@@ -60,13 +58,13 @@ class GenerateRoutes:
 
     async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await read_json(scope, receive, _generate_body, self._payload_limit)
-        answer = self._answer(scope, send, GenerateRequest(body.inputs, body.parameters), as_list=False)
-        await until_disconnect(receive, answer)
+        request = GenerateRequest(body.inputs, body.parameters)
+        await until_disconnect(receive, self._answer(scope, send, request, as_list=False))
 
     async def generate_stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await read_json(scope, receive, _generate_body, self._payload_limit)
-        answer = self._answer_stream(scope, send, GenerateRequest(body.inputs, body.parameters))
-        await until_disconnect(receive, answer)
+        request = GenerateRequest(body.inputs, body.parameters)
+        await until_disconnect(receive, self._answer_stream(scope, send, request))
 
     async def compat_generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """``POST /``: a list with one answer, or a stream."""
@@ -82,13 +80,13 @@ class GenerateRoutes:
 
     async def _answer(self, scope: Scope, send: Send, request: GenerateRequest, *, as_list: bool) -> None:
         started_at = time.perf_counter()
-        with _counted(self._metrics):
-            result = await self._inference.generate(request, traceparent=_traceparent(scope))
+        with counted(self._metrics):
+            result = await self._inference.generate(request, traceparent=traceparent(scope))
         total_s = time.perf_counter() - started_at
-        self._record("generate", request.parameters, result.best, total_s)
+        record_success(self._metrics, "generate", request.parameters, result.best.finished, total_s)
         response = to_response(result, request.parameters)
         headers = self._result_headers(result, total_s)
-        await send_json(send, _encode([response] if as_list else response), headers=headers)
+        await send_body(send, _encode([response] if as_list else response), JSON, headers=headers)
 
     async def _answer_stream(self, scope: Scope, send: Send, request: GenerateRequest) -> None:
         """Stream the answer. A failure before the first token is raised, and becomes a response with its status."""
@@ -96,8 +94,8 @@ class GenerateRoutes:
         parameters = request.parameters
         response = EventStreamResponse(send, self._stream_headers(request))
         try:
-            with _counted(self._metrics):
-                async with await self._inference.stream(request, traceparent=_traceparent(scope)) as generation:
+            with counted(self._metrics):
+                async with await self._inference.stream(request, traceparent=traceparent(scope)) as generation:
                     prefix = generation.inputs if parameters.return_full_text else ""
                     relayed = await relay(generation, response, prefix=prefix, details=parameters.details)
         except RouterError as error:
@@ -105,33 +103,10 @@ class GenerateRoutes:
                 raise
             await response.end(error_frame(error))
             return
-        # The permit is free by now: who asks again on reading the end is not refused for the sake of this request.
-        self._record("generate_stream", parameters, relayed, time.perf_counter() - started_at)
+        total_s = time.perf_counter() - started_at
+        record_success(self._metrics, "generate_stream", parameters, relayed.finished, total_s)
+        # The permit is free by now: a client that asks again on reading the end is not refused on its own account.
         await response.end(relayed.last_frames)
-
-    def _record(self, name: str, parameters: GenerateParameters, answer: HasFinished, total_s: float) -> None:
-        """Durations to the metrics, and TGI's one line of log. No text of the client's goes there."""
-        finished = answer.finished
-        timings = finished.timings
-        per_token_s = timings.per_token_s(finished.generated_tokens)
-        metrics = self._metrics
-        metrics.request_duration.observe(total_s)
-        metrics.request_queue_duration.observe(timings.queue_s)
-        metrics.request_inference_duration.observe(timings.inference_s)
-        metrics.request_mean_time_per_token_duration.observe(per_token_s)
-        metrics.request_generated_tokens.observe(finished.generated_tokens)
-        if logger.isEnabledFor(logging.INFO):
-            span = {
-                "name": name,
-                "parameters": loggable(parameters),
-                "total_time": duration_text(total_s),
-                "validation_time": duration_text(timings.validation_s),
-                "queue_time": duration_text(timings.queue_s),
-                "inference_time": duration_text(timings.inference_s),
-                "time_per_token": duration_text(per_token_s),
-                "seed": finished.seed,
-            }
-            logger.info("Success", extra={"span": span})
 
     def _stream_headers(self, request: GenerateRequest) -> Headers:
         return (
@@ -143,7 +118,7 @@ class GenerateRoutes:
         )
 
     def _result_headers(self, result: GenerationResult, total_s: float) -> Headers:
-        timings: RequestTimings = result.timings
+        timings = result.timings
         per_token_s = timings.per_token_s(result.best.finished.generated_tokens)
         return (
             (b"x-compute-type", self._compute_type),
@@ -157,3 +132,53 @@ class GenerateRoutes:
             (b"x-prompt-tokens", b"%d" % result.prompt_tokens),
             (b"x-generated-tokens", b"%d" % result.generated_tokens),
         )
+
+
+def to_response(result: GenerationResult, parameters: GenerateParameters) -> GenerateResponse:
+    """The body of an answer, with as much detail as was asked for."""
+    prefix = result.inputs if parameters.return_full_text else ""
+    best = result.best
+    finished = best.finished
+    response = GenerateResponse(prefix + finished.generated_text)
+    if parameters.details or parameters.decoder_input_details:
+        response.details = Details(
+            finish_reason=finished.finish_reason.value,
+            generated_tokens=finished.generated_tokens,
+            seed=finished.seed,
+            prefill=_prefill(best),
+            tokens=[token_body(token) for token in best.tokens],
+            best_of_sequences=[_sequence(choice, prefix) for choice in result.others] or UNSET,
+            top_tokens=_top_tokens(best),
+        )
+    return response
+
+
+def _sequence(choice: Choice, prefix: str) -> BestOfSequence:
+    finished = choice.finished
+    return BestOfSequence(
+        generated_text=prefix + finished.generated_text,
+        finish_reason=finished.finish_reason.value,
+        generated_tokens=finished.generated_tokens,
+        seed=finished.seed,
+        prefill=_prefill(choice),
+        tokens=[token_body(token) for token in choice.tokens],
+        top_tokens=_top_tokens(choice),
+    )
+
+
+def _prefill(choice: Choice) -> list[PrefillTokenBody]:
+    return [PrefillTokenBody(token.id, token.text, as_f32(token.logprob)) for token in choice.prefill]
+
+
+def _top_tokens(choice: Choice) -> list[list[TokenBody]] | UnsetType:
+    return [[token_body(token) for token in tokens] for tokens in choice.top_tokens] or UNSET
+
+
+def traceparent(scope: Scope) -> str:
+    """The W3C trace context that came with a request; a malformed one is nobody's error and counts as none."""
+    value = header(scope, b"traceparent")
+    return value.decode("ascii") if value is not None and _TRACEPARENT.fullmatch(value) else ""
+
+
+def _milliseconds(seconds: float) -> bytes:
+    return b"%d" % (seconds * 1e3)

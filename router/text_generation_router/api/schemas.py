@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from text_generation_router.scheduling.requests import PrefillToken, Token
+from text_generation_router.scheduling.requests import Token
 
 _F32_MAX = 3.4028234663852886e38
 _U64_MAX = 2**64 - 1
@@ -85,6 +85,29 @@ class GenerateRequest(msgspec.Struct, frozen=True):
 # ---------------------------------------------------------------------------------------------------
 
 
+class TokenBody(msgspec.Struct):
+    id: int
+    text: str
+    logprob: float | None
+    special: bool
+
+
+class PrefillTokenBody(msgspec.Struct):
+    id: int
+    text: str
+    logprob: float | None
+
+
+def as_f32(logprob: float | None) -> float | None:
+    """A logprob with the digits TGI prints: it is a 32-bit float, known to seven of them. NaN is sent as null."""
+    return None if logprob is None else float(f"{logprob:.7g}")
+
+
+def token_body(token: Token) -> TokenBody:
+    """The token as it is sent."""
+    return TokenBody(token.id, token.text, as_f32(token.logprob), token.special)
+
+
 class BestOfSequence(msgspec.Struct):
     """A choice that was not the best one."""
 
@@ -92,33 +115,24 @@ class BestOfSequence(msgspec.Struct):
     finish_reason: str
     generated_tokens: int
     seed: int | None
-    prefill: list[PrefillToken]
-    tokens: list[Token]
-    top_tokens: list[list[Token]] | UnsetType = UNSET
+    prefill: list[PrefillTokenBody]
+    tokens: list[TokenBody]
+    top_tokens: list[list[TokenBody]] | UnsetType = UNSET
 
 
 class Details(msgspec.Struct):
     finish_reason: str
     generated_tokens: int
     seed: int | None
-    prefill: list[PrefillToken]
-    tokens: list[Token]
+    prefill: list[PrefillTokenBody]
+    tokens: list[TokenBody]
     best_of_sequences: list[BestOfSequence] | UnsetType = UNSET
-    top_tokens: list[list[Token]] | UnsetType = UNSET
+    top_tokens: list[list[TokenBody]] | UnsetType = UNSET
 
 
 class GenerateResponse(msgspec.Struct):
     generated_text: str
     details: Details | UnsetType = UNSET
-
-
-class TokenBody(msgspec.Struct):
-    """A `Token` as it is sent: its logprob has the digits of a 32-bit float."""
-
-    id: int
-    text: str
-    logprob: float | None
-    special: bool
 
 
 class StreamDetails(msgspec.Struct):

@@ -11,10 +11,10 @@ import msgspec
 from starlette.types import Send
 
 from text_generation_router.api.disconnect import ClientGone
-from text_generation_router.api.schemas import StreamDetails, StreamResponse, TokenBody
+from text_generation_router.api.schemas import StreamDetails, StreamResponse, token_body
 from text_generation_router.errors import IncompleteGeneration, IncompleteGenerationStream, RouterError, error_body
 from text_generation_router.inference import Generation
-from text_generation_router.scheduling.requests import Event, Finished, PrefillEvent, Token
+from text_generation_router.scheduling.requests import Event, Finished, PrefillEvent
 
 KEEP_ALIVE_S = 15.0
 """Silence after which a comment is sent, so that no proxy takes the connection for dead."""
@@ -37,12 +37,6 @@ def frame(payload: object) -> bytes:
 
 def error_frame(error: RouterError) -> bytes:
     return frame(error_body(error))
-
-
-def token_body(token: Token) -> TokenBody:
-    """The token as TGI prints it: logprobs are 32-bit floats, whose digits end at the seventh."""
-    logprob = token.logprob
-    return TokenBody(token.id, token.text, None if logprob is None else float(f"{logprob:.7g}"), token.special)
 
 
 class EventStreamResponse:
@@ -158,4 +152,3 @@ def to_frames(events: Sequence[Event], *, prefix: str, details: bool) -> tuple[b
                 )
         frames.append(frame(response))
     return b"".join(frames), finished
-

@@ -1,6 +1,7 @@
 """Makes the embedded model: `python -m text_generation_server.embedded_model.build --output DIR`.
 
-Everything is generated and seeded, nothing is downloaded. Two CPU cores take an hour, an accelerator a few minutes (`--steps`).
+Everything is generated and seeded, nothing is downloaded. Two CPU cores take an hour; an accelerator is used if there
+is one, and takes minutes for the same number of `--steps`.
 """
 
 import argparse

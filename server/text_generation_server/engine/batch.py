@@ -31,6 +31,8 @@ class Sequence:
     token_ids: array[int]
     """Prompt and output, as far as the host has read them; "q"."""
     num_prompt_tokens: int
+    num_given: int
+    """Tokens that came with the sequence; chunks compute these, decode rows what was sampled behind them."""
     block_table: list[int]
     num_computed: int
     """Leading tokens whose keys and values are in the cache, or will be once the steps launched so far have run."""
@@ -119,8 +121,9 @@ class Batch:
             raise InvalidStep(f"{name}: prefill logprobs are off on this server (--enable-prefill-logprobs)")
         sequence = Sequence(
             sequence_id=new.sequence_id,
-            token_ids=new.token_ids,
+            token_ids=new.token_ids[:],
             num_prompt_tokens=new.num_prompt_tokens,
+            num_given=num_tokens,
             block_table=[],
             num_computed=new.num_cached_tokens,
             num_cached=new.num_cached_tokens,
@@ -144,8 +147,8 @@ class Batch:
             sequence = self._find(sequence_id)
             if sequence is None:
                 continue
-            if sequence.num_computed != sequence.num_tokens - 1 or sequence.num_tokens <= sequence.num_prompt_tokens:
-                left = sequence.num_tokens - sequence.num_computed
+            if sequence.num_computed < sequence.num_given:
+                left = sequence.num_given - sequence.num_computed
                 raise InvalidStep(f"sequence {sequence_id} cannot decode: {left} known tokens are not computed yet")
             rows.append(Row(sequence, sequence.num_computed, 1, is_decode=True))
             seen.add(sequence_id)
@@ -158,8 +161,8 @@ class Batch:
             if chunk.sequence_id in seen:
                 raise InvalidStep(f"sequence {chunk.sequence_id} has two rows in one step")
             seen.add(chunk.sequence_id)
-            left = len(sequence.token_ids) - sequence.num_computed
-            if sequence.num_pending or not 0 < chunk.num_tokens <= left:
+            left = max(0, sequence.num_given - sequence.num_computed)
+            if not 0 < chunk.num_tokens <= left:
                 raise InvalidStep(
                     f"sequence {chunk.sequence_id}: a chunk of {chunk.num_tokens} tokens where {left} are left"
                 )
@@ -192,5 +195,6 @@ def _check_room(sequence: Sequence, num_tokens: int, limits: SequenceLimits) -> 
         raise InvalidStep(f"sequence {sequence.sequence_id}: {num_tokens} tokens do not fit its blocks ({room} tokens)")
     if 0 < limits.max_position_embeddings < num_tokens:
         raise InvalidStep(
-            f"sequence {sequence.sequence_id}: {num_tokens} tokens, the model has {limits.max_position_embeddings} positions"
+            f"sequence {sequence.sequence_id}: {num_tokens} tokens where the model has "
+            f"{limits.max_position_embeddings} positions"
         )

@@ -19,17 +19,16 @@ from typing import TypeVar
 import torch
 
 from text_generation_server.engine.batch import SequenceLimits
-from text_generation_server.engine.executor import Broadcast, Launched, StepExecutor
+from text_generation_server.engine.executor import Broadcast, Launched, StepExecutor, StepRunner
 from text_generation_server.engine.memory import KVPlan, WarmupLimits
 from text_generation_server.engine.steps import Step, StepFailure, StepResult
 from text_generation_server.errors import InvalidStep, NotEnoughMemory, ShardError, StaleEpoch, is_out_of_memory
-from text_generation_server.model.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Deliver = Callable[[StepResult], None]
-Planner = Callable[[ModelRunner, WarmupLimits], KVPlan]
+Planner = Callable[[StepRunner, WarmupLimits], KVPlan]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +40,16 @@ class EngineHealth:
     num_sequences: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _StepJob:
     step: Step
     deliver: Deliver
-    queued_ns: int
+    refusal: ShardError | None = None
+    started_ns: int = 0
+    """When it was taken off the queue."""
 
 
-def _STOP() -> None:  # noqa: N802 - a marker, compared by identity
+def _STOP() -> None:
     """The job that ends the thread."""
 
 
@@ -57,7 +58,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: ModelRunner,
+        runner: StepRunner,
         plan: Planner,
         *,
         block_size: int,
@@ -99,7 +100,11 @@ class Engine:
 
     def submit(self, step: Step, deliver: Deliver) -> None:
         """Queue a step. ``deliver`` gets its result on the engine thread, in the order of the steps; never raises."""
-        self._jobs.put(_StepJob(step, deliver, time.monotonic_ns()))
+        self._jobs.put(_StepJob(step, deliver))
+
+    def refuse(self, epoch: int, step_id: int, error: ShardError, deliver: Deliver) -> None:
+        """Queue a step that could not even be read: it fails in its turn, and its epoch with it."""
+        self._jobs.put(_StepJob(Step(epoch, step_id), deliver, error))
 
     def clear(self, epoch: int) -> Future[None]:
         """Drop every sequence and begin ``epoch``. The future raises StaleEpoch if it is not a new one."""
@@ -172,9 +177,11 @@ class Engine:
 
     def _launch(self, job: _StepJob, previous: Launched | None) -> tuple[Launched, _StepJob] | StepResult:
         step = job.step
-        now = time.monotonic_ns()
+        now = job.started_ns = time.monotonic_ns()
         try:
             executor = self._accept(step)
+            if job.refusal is not None:
+                raise job.refusal
             self._progress_ns = now
             launched = executor.launch(step, previous)
             busy = previous is not None or self._ended_ns is None
@@ -208,7 +215,7 @@ class Engine:
     def _deliver(self, result: StepResult, job: _StepJob) -> None:
         self._ended_ns = time.monotonic_ns()
         self._progress_ns = None
-        result.timings.total_ns = self._ended_ns - job.queued_ns
+        result.timings.total_ns = self._ended_ns - job.started_ns
         job.deliver(result)
 
     def _failed(self, step: Step, error: Exception) -> StepResult:

@@ -7,8 +7,9 @@ this one are read (``collect``). On a CPU the two simply follow each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +36,13 @@ Broadcast = Callable[[Tensor], None]
 """Fill an int64 tensor of ids on every rank with the values it has on rank 0."""
 
 
+class StepRunner(ModelRunner, Protocol):
+    """What the executor asks of a model."""
+
+    def zero_blocks(self, block_ids: Iterable[int]) -> None:
+        """Clear blocks that a failed request wrote, before they are handed out again."""
+
+
 @dataclass(slots=True)
 class Launched:
     """A step whose work is on the device, or done."""
@@ -58,7 +66,7 @@ class StepExecutor:
 
     def __init__(
         self,
-        runner: ModelRunner,
+        runner: StepRunner,
         limits: SequenceLimits,
         *,
         is_leader: bool = True,
@@ -184,7 +192,7 @@ class StepExecutor:
             sequence.num_pending += 1
 
     def _prompt_logprobs(self, row: Row, logits_NV: Tensor, launched: Launched) -> None:
-        """Report the logprobs at the row's prompt tokens; the one behind them waits in the sequence for the next row."""
+        """Report the logprobs at the row's prompt tokens; the one behind them waits in the sequence for the next."""
         sequence = row.sequence
         num_predicted = min(row.end, sequence.num_prompt_tokens - 1) - row.start
         targets_N = torch.tensor(
@@ -241,6 +249,8 @@ def _read_top(top: TopCandidates | None, host: tuple[Tensor, ...]) -> dict[int, 
         return {}
     values, ids, counts = (tensor.tolist() for tensor in host)
     return {
-        row: TopTokens(*read_top_tokens(top.logprobs_RV[index], values[index], ids[index], top.wanted[index], counts[index]))
+        row: TopTokens(
+            *read_top_tokens(top.logprobs_RV[index], values[index], ids[index], top.wanted[index], counts[index])
+        )
         for index, row in enumerate(top.rows)
     }

@@ -72,8 +72,8 @@ def plan_kv_blocks(
         wanted = _blocks(limits.max_batch_total_tokens, block_size)
         if wanted > fitting:
             raise DoesNotFit(
-                f"`--max-batch-total-tokens {limits.max_batch_total_tokens}` needs {_gib(wanted * block_bytes)} of KV cache, "
-                f"{_room(fitting, block_bytes)} fit ({budget}); decrease `--max-batch-total-tokens` to "
+                f"`--max-batch-total-tokens {limits.max_batch_total_tokens}` needs {_gib(wanted * block_bytes)} of KV "
+                f"cache, {_room(fitting, block_bytes)} fit ({budget}); decrease `--max-batch-total-tokens` to "
                 f"{max(0, fitting * block_size)} or less, or `--max-batch-prefill-tokens`"
             )
         num_blocks, why = wanted, "as `--max-batch-total-tokens` asks"
@@ -87,8 +87,8 @@ def plan_kv_blocks(
     if num_blocks < least:
         if limits.max_total_tokens:
             raise DoesNotFit(
-                f"one request of `--max-total-tokens {limits.max_total_tokens}` needs {_gib(least * block_bytes)} of KV "
-                f"cache, {_room(fitting, block_bytes)} fit ({budget}); decrease `--max-total-tokens` to "
+                f"one request of `--max-total-tokens {limits.max_total_tokens}` needs {_gib(least * block_bytes)} of "
+                f"KV cache, {_room(fitting, block_bytes)} fit ({budget}); decrease `--max-total-tokens` to "
                 f"{max(0, num_blocks * block_size)} or less, or `--max-batch-prefill-tokens`"
             )
         raise DoesNotFit(f"not one block of KV cache fits ({budget}); decrease `--max-batch-prefill-tokens`")

@@ -4,7 +4,8 @@ Every function takes the rows that want it, several at once, and works in float3
 so that a row's result does not depend on the rows beside it. A row keeps at least one token, and ties are broken
 towards the lower id wherever an order is needed.
 
-Shape legend: P penalised rows, N tokens in their histories, F filtered rows, V vocabulary, K candidates of a row.
+Shape legend: P penalised rows, N tokens in their histories; F filtered rows, N candidates of all of them, B bins,
+K (in rows) and M (in all) members of the bin that is sorted; V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ _HUGE = 3e38
 """Processed logits stay finite: parameters of any size must not turn a sound row into not-a-number."""
 _BOUND_MARGIN = 1e-3
 """Slack, in logits, of a bound that only saves work: rounding must never let it decide."""
+
+_BINS = 1024
+"""Of scores, between a row's best token and the lowest that can matter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,85 +71,103 @@ def keep_likely(scores_FV: Tensor, top_k_F: Tensor, top_p_F: Tensor, typical_p_F
     ``top_k_F`` int64, 0 is off; ``top_p_F`` and ``typical_p_F`` float64, 1 is off. Top-k keeps all tokens that tie with
     the k-th, and typical-p all that tie with its last, as TGI does; top-p keeps the smallest set.
     """
+    num_rows, vocab_size = scores_FV.shape
+    bounds_F = _bounds(scores_FV, top_k_F, top_p_F)
+    rows_N, ids_N = (scores_FV >= bounds_F.unsqueeze(-1)).nonzero(as_tuple=True)
+    values_N = scores_FV[rows_N, ids_N]
+    if bool((top_p_F < 1).any()):
+        # With top-k the probabilities are those among the k tokens, else those of the whole row.
+        has_top_k_F = (top_k_F > 0) & (top_k_F < vocab_size)
+        log_totals_F = torch.where(
+            has_top_k_F, _log_totals(rows_N, values_N, num_rows), torch.logsumexp(scores_FV, -1).double()
+        )
+        keep_N = _within_top_p(rows_N, values_N, bounds_F, log_totals_F, top_p_F)
+        rows_N, ids_N, values_N = rows_N[keep_N], ids_N[keep_N], values_N[keep_N]
+    kept_FV = torch.full_like(scores_FV, -torch.inf)
+    kept_FV[rows_N, ids_N] = values_N
+    typical_T = (typical_p_F < 1).nonzero().squeeze(-1)
+    if typical_T.numel():
+        kept_FV[typical_T] = _keep_typical(kept_FV[typical_T], typical_p_F[typical_T])
+    return kept_FV
+
+
+def _bounds(scores_FV: Tensor, top_k_F: Tensor, top_p_F: Tensor) -> Tensor:
+    """A score that every token which passes top-k and top-p reaches; float64 [F]. With top-k it is the k-th one's."""
     vocab_size = scores_FV.shape[-1]
-    top_k_F = torch.where(top_k_F > 0, top_k_F.clamp(max=vocab_size), vocab_size)
-    bounds_F, log_totals_F = _bounds(scores_FV, top_k_F, top_p_F)
-    values_FK, ids_FK = _candidates(scores_FV, bounds_F)
-
-    num_candidates = values_FK.shape[-1]
-    kth_F1 = values_FK.gather(-1, (top_k_F.clamp(max=num_candidates) - 1).unsqueeze(-1))
-    values_FK = values_FK.masked_fill(values_FK < kth_F1, -torch.inf)
-    values_FK = _keep_top_p(values_FK, top_p_F, log_totals_F)
-    if bool((typical_p_F < 1).any()):
-        values_FK = _keep_typical(values_FK, typical_p_F)
-
-    # One column more than the vocabulary: padding of the candidates goes there, and is cut off.
-    kept = scores_FV.new_full((scores_FV.shape[0], vocab_size + 1), -torch.inf)
-    return kept.scatter_(-1, ids_FK, values_FK)[:, :vocab_size]
-
-
-def _bounds(scores_FV: Tensor, top_k_F: Tensor, top_p_F: Tensor) -> tuple[Tensor, Tensor]:
-    """A score below which no token of the row can pass top-k and top-p, and the row's log-sum-exp before top-p.
-
-    The log-sum-exp is NaN for rows with top-k: it is that of the k tokens then, known only later.
-    """
-    vocab_size = scores_FV.shape[-1]
-    has_top_k_F = top_k_F < vocab_size
-    log_totals_F = torch.logsumexp(scores_FV, -1).double()
-    # All tokens with a probability of at most (1 - p) / V together have at most 1 - p, so the rest has p or more.
-    bounds_F = torch.log((1 - top_p_F).clamp(min=0) / vocab_size) + log_totals_F - _BOUND_MARGIN
+    bounds_F = torch.full_like(top_p_F, -torch.inf)
+    if bool((top_p_F < 1).any()):
+        # All tokens with a probability of at most (1 - p) / V together have at most 1 - p, so the rest has p or more.
+        log_totals_F = torch.logsumexp(scores_FV, -1).double()
+        bounds_F = torch.log((1 - top_p_F).clamp(min=0) / vocab_size) + log_totals_F - _BOUND_MARGIN
+    has_top_k_F = (top_k_F > 0) & (top_k_F < vocab_size)
     if bool(has_top_k_F.any()):
         largest = int(torch.where(has_top_k_F, top_k_F, 1).max())
-        kth_F = scores_FV.topk(largest).values.gather(-1, (top_k_F.clamp(max=largest) - 1).unsqueeze(-1)).squeeze(-1)
+        kth_F = scores_FV.topk(largest).values.gather(-1, (top_k_F.clamp(1, largest) - 1).unsqueeze(-1)).squeeze(-1)
         bounds_F = torch.where(has_top_k_F, kth_F.double(), bounds_F)
-        log_totals_F = torch.where(has_top_k_F, torch.nan, log_totals_F)
-    return bounds_F, log_totals_F
+    return bounds_F
 
 
-def _candidates(scores_FV: Tensor, bounds_F: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and ids of the tokens at or above each row's bound, best first; [F, K] padded with (-inf, V).
+def _log_totals(rows_N: Tensor, values_N: Tensor, num_rows: int) -> Tensor:
+    """Log-sum-exp of each row's candidates; float64 [F]."""
+    best_F = values_N.new_full((num_rows,), -torch.inf).scatter_reduce(0, rows_N, values_N, "amax")
+    weights_N = torch.exp((values_N - best_F[rows_N]).double())
+    return torch.bincount(rows_N, weights_N, minlength=num_rows).log() + best_F.double()
 
-    Sorting a whole vocabulary costs more than all the rest of sampling, and nearly all of it lies below the bound.
+
+def _within_top_p(rows_N: Tensor, values_N: Tensor, bounds_F: Tensor, log_totals_F: Tensor, top_p_F: Tensor) -> Tensor:
+    """Which candidates are in the smallest set of most likely tokens whose probabilities reach p; bool [N].
+
+    Candidates are in the order of rows and ids. Sorting them all would cost more than all the rest of sampling, so
+    they are counted into bins by score, and only the bin in which the sum passes p is sorted.
     """
-    num_rows, vocab_size = scores_FV.shape
-    rows_N, ids_N = (scores_FV >= bounds_F.unsqueeze(-1)).nonzero(as_tuple=True)
-    counts_F = torch.bincount(rows_N, minlength=num_rows)
-    starts_F = counts_F.cumsum(0) - counts_F
-    places_N = torch.arange(rows_N.shape[0], device=rows_N.device) - starts_F[rows_N]
-    num_candidates = max(1, int(counts_F.max()))
-    values_FK = scores_FV.new_full((num_rows, num_candidates), -torch.inf)
-    ids_FK = torch.full_like(values_FK, vocab_size, dtype=torch.int64)
-    values_FK[rows_N, places_N] = scores_FV[rows_N, ids_N]
-    ids_FK[rows_N, places_N] = ids_N
+    num_rows = top_p_F.shape[0]
+    values_N = values_N.double()
+    probabilities_N = torch.exp(values_N - log_totals_F[rows_N])
+    best_F = values_N.new_full((num_rows,), -torch.inf).scatter_reduce(0, rows_N, values_N, "amax")
+    lowest_F = torch.where(bounds_F.isfinite(), bounds_F, best_F - 1)
+    scale_F = _BINS / (best_F - lowest_F).clamp(min=1e-9)
+    bins_N = ((best_F[rows_N] - values_N) * scale_F[rows_N]).long().clamp(max=_BINS - 1)
+    mass_FB = torch.bincount(rows_N * _BINS + bins_N, probabilities_N, minlength=num_rows * _BINS).view(num_rows, _BINS)
+    ends_FB = torch.cumsum(mass_FB, -1)
+    # p = 1 is off, and rounding must not cut its tail.
+    limit_F = torch.where(top_p_F < 1, top_p_F, torch.inf)
+    crossing_F = (ends_FB < limit_F.unsqueeze(-1)).sum(-1)
+    keep_N = bins_N < crossing_F[rows_N]
+    begin_F = torch.where(crossing_F > 0, ends_FB.gather(-1, (crossing_F - 1).clamp(min=0).unsqueeze(-1))[:, 0], 0.0)
+
+    members_M = (bins_N == crossing_F[rows_N]).nonzero().squeeze(-1)
+    values_FK, places_M = _pad(rows_N[members_M], values_N[members_M], num_rows)
     # Ids ascend within a row, so a stable sort leaves ties in the order of their ids.
     values_FK, order_FK = torch.sort(values_FK, dim=-1, descending=True, stable=True)
-    return values_FK, ids_FK.gather(-1, order_FK)
+    ends_FK = torch.cumsum(torch.exp(values_FK - log_totals_F.unsqueeze(-1)), -1)
+    before_FK = ends_FK.roll(1, -1)
+    before_FK[:, 0] = 0.0
+    keep_in_order_FK = begin_F.unsqueeze(-1) + before_FK < limit_F.unsqueeze(-1)
+    keep_FK = torch.zeros_like(keep_in_order_FK).scatter_(-1, order_FK, keep_in_order_FK)
+    keep_N[members_M] = keep_FK[rows_N[members_M], places_M]
+    return keep_N
 
 
-def _keep_top_p(values_FK: Tensor, top_p_F: Tensor, log_totals_F: Tensor) -> Tensor:
-    """Keep the smallest set of most likely tokens whose probabilities reach p."""
-    values = values_FK.double()
-    log_totals_F = torch.where(log_totals_F.isnan(), torch.logsumexp(values, -1), log_totals_F)
-    probabilities = torch.exp(values - log_totals_F.unsqueeze(-1))
-    before = torch.cumsum(probabilities, -1).roll(1, -1)
-    before[:, 0] = 0.0
-    # p = 1 is off: rounding must not cut the tail.
-    limit = torch.where(top_p_F < 1, top_p_F, torch.inf).unsqueeze(-1)
-    return values_FK.masked_fill(before >= limit, -torch.inf)
+def _pad(rows_M: Tensor, values_M: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Ragged rows as a rectangle [F, K] padded with -inf, and each value's column in it; [M]."""
+    counts_F = torch.bincount(rows_M, minlength=num_rows)
+    starts_F = counts_F.cumsum(0) - counts_F
+    places_M = torch.arange(rows_M.shape[0], device=rows_M.device) - starts_F[rows_M]
+    values_FK = values_M.new_full((num_rows, max(1, int(counts_F.max()))), -torch.inf)
+    values_FK[rows_M, places_M] = values_M
+    return values_FK, places_M
 
 
-def _keep_typical(values_FK: Tensor, typical_p_F: Tensor) -> Tensor:
+def _keep_typical(scores_FV: Tensor, typical_p_F: Tensor) -> Tensor:
     """Keep the tokens whose surprise is nearest to the row's entropy, until their probabilities reach p.
 
     Source: Locally Typical Sampling, Meister et al. 2022.
     """
-    logprobs = torch.log_softmax(values_FK.double(), -1)
+    logprobs = torch.log_softmax(scores_FV.double(), -1)
     probabilities = logprobs.exp()
     entropy = -torch.where(probabilities > 0, probabilities * logprobs, 0.0).sum(-1, keepdim=True)
     distance = (-logprobs - entropy).abs()  # +inf where the token is out already
-    distance, order = torch.sort(distance, dim=-1, stable=True)
-    reached = torch.cumsum(probabilities.gather(-1, order), -1) < typical_p_F.unsqueeze(-1)
-    last = reached.sum(-1, keepdim=True).clamp(max=distance.shape[-1] - 1)
-    out_in_order = (distance > distance.gather(-1, last)) & (typical_p_F < 1).unsqueeze(-1)
-    out = torch.zeros_like(out_in_order).scatter_(-1, order, out_in_order)
-    return values_FK.masked_fill(out, -torch.inf)
+    in_order, order = torch.sort(distance, dim=-1, stable=True)
+    before_end = torch.cumsum(probabilities.gather(-1, order), -1) < typical_p_F.unsqueeze(-1)
+    last = before_end.sum(-1, keepdim=True).clamp(max=distance.shape[-1] - 1)
+    return scores_FV.masked_fill(distance > in_order.gather(-1, last), -torch.inf)

@@ -205,9 +205,9 @@ def _top_candidates(scores_SV: Tensor, log_totals_S: Tensor, rows: list[Sampling
     return TopCandidates(asking, wanted, logprobs_RV, values_RN, ids_RN, counts_R)
 
 
-def read_top_tokens(logprobs_V: Tensor, values_N: list[float], ids_N: list[int], wanted: int, count: int) -> tuple[
-    list[int], list[float]
-]:
+def read_top_tokens(
+    logprobs_V: Tensor, values_N: list[float], ids_N: list[int], wanted: int, count: int
+) -> tuple[list[int], list[float]]:
     """Ids and logprobs of one row's top tokens: descending, lower ids first among ties, all ties at the last place.
 
     ``count`` is how many tokens those are; when the prefetched ones do not cover them, the row itself is read.

@@ -61,10 +61,17 @@ def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **arguments: Any
 ) -> tuple[Tensor, None]:
     """The function in transformers' attention interface. Query is [1, H, T, D]; the result is [1, T, H, E]."""
+    arguments["attention_mask"] = attention_mask
+    return attend(module, query[0], key[0], value[0], arguments)[None], None
+
+
+def attend(
+    module: nn.Module, query_HTD: Tensor, key_KTD: Tensor, value_KTE: Tensor, arguments: dict[str, Any]
+) -> Tensor:
+    """The same call from a module of ours, which need not pretend to have a batch; [T, H, E]."""
     if _handler is None:
         raise RuntimeError("attention was called outside of a step")
-    arguments["attention_mask"] = attention_mask
-    return _handler(module, query[0], key[0], value[0], arguments)[None], None
+    return _handler(module, query_HTD, key_KTD, value_KTE, arguments)
 
 
 def recorded_mask(
@@ -76,24 +83,22 @@ def recorded_mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> Tensor:
-    """The mask function of ``RECORDING``: an empty tensor that carries the mask's (window, chunk).
-
-    Raises: Unservable if the mask is neither causal, sliding nor chunked.
-    """
+    """The mask function of ``RECORDING``: an empty tensor that carries the mask's (window, chunk), or None for a mask
+    that we cannot honour. Some models make masks that no layer uses, so only a layer that gets one is an error."""
     mask = torch.empty((1, 1, q_length, kv_length), device=device)
     mask.text_generation_sight = _sight(mask_function, local_size or 0, torch.device(device))  # type: ignore[attr-defined]
     return mask
 
 
-def _sight(mask_function: Callable[..., Any], size: int, device: torch.device) -> tuple[int, int]:
-    """Ask a mask what a far query sees: (window, 0), (0, chunk) or (0, 0) for all before it."""
+def _sight(mask_function: Callable[..., Any], size: int, device: torch.device) -> tuple[int, int] | None:
+    """Ask a mask what a far query sees: (window, 0), (0, chunk), (0, 0) for all before it, None for anything else."""
     query = 3 * size + 5 if size else 1024
     keys = torch.arange(query + 3, device=device)
     zero = torch.zeros((), dtype=torch.int64, device=device)
     try:
         seen = mask_function(zero, zero, torch.tensor(query, device=device), keys)
-    except (IndexError, RuntimeError) as error:
-        raise Unservable("its attention mask depends on more than positions") from error
+    except (IndexError, RuntimeError):  # it looks at more than positions
+        return None
     seen = torch.as_tensor(seen, device=device).expand_as(keys)
     causal = keys <= query
     candidates = {(0, 0): causal}
@@ -103,7 +108,7 @@ def _sight(mask_function: Callable[..., Any], size: int, device: torch.device) -
     for sight, expected in candidates.items():
         if torch.equal(seen, expected):
             return sight
-    raise Unservable("its attention mask is neither causal, sliding nor chunked")
+    return None
 
 
 def register() -> None:

@@ -18,7 +18,12 @@ FORBIDDEN_KEYS = frozenset(
         "custom_generate", "_name_or_path", "name_or_path",
     }
 )  # fmt: skip
-FORBIDDEN_PREFIXES = ("_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation")
+FORBIDDEN_PREFIXES = (
+    "_attn_implementation",
+    "attn_implementation",
+    "_experts_implementation",
+    "experts_implementation",
+)
 
 
 def read_json(path: Path) -> dict[str, Any]:

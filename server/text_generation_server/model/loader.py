@@ -74,8 +74,9 @@ def _model_config(config: ShardConfig, folder: Path, raw: dict[str, Any], model_
         hint = "; --trust-remote-code would run the repository's own code" if "auto_map" in raw else ""
         raise _refused(model_type, f"transformers {transformers.__version__} does not know it{hint}")
     clean = checkpoint.strip_code(raw)
-    try:
-        return transformers.CONFIG_MAPPING[model_type].from_dict(clean)
+    config_class: Any = transformers.CONFIG_MAPPING[model_type]
+    try:  # infinities are stored as {"__float__": "Infinity"}
+        return config_class.from_dict(getattr(config_class, "_decode_special_floats", lambda same: same)(clean))
     except Exception as error:  # the library validates with many exception types
         raise _refused(model_type, f"its config.json is not valid ({_first_line(error)})") from error
 
@@ -144,14 +145,13 @@ def _prepare(
     text_config = model.config.get_text_config(decoder=True)
     vocab_size = int(text_config.vocab_size)
     num_layers = int(text_config.num_hidden_layers)
+    positions = max_positions(text_config)
     bridge.register()
     progress("probe", 0, 2)
     layers = probe.record(model, vocab_size=vocab_size, num_layers=num_layers, device=group.device)
     expected = probe.reference(model, layers, vocab_size=vocab_size, dtype=dtype, device=group.device)
     attention = registry.resolve(config.attention, group.device)
-    backend = registry.load(attention)(
-        layers=layers, block_size=config.block_size, dtype=dtype, device=group.device
-    )
+    backend = registry.load(attention)(layers=layers, block_size=config.block_size, dtype=dtype, device=group.device)
     info = ModelInfo(
         model_type=model_type,
         dtype=dtype,
@@ -159,7 +159,7 @@ def _prepare(
         attention=attention,
         vocab_size=expected.logits[0].shape[-1],
         eos_token_ids=checkpoint.eos_token_ids(folder, raw),
-        max_position_embeddings=max_positions(text_config),
+        max_position_embeddings=positions,
         window_size=min((layer.window or layer.chunk for layer in layers if layer.window or layer.chunk), default=0),
         kv_bytes_per_token=bytes_per_token(layers, dtype),
         weight_bytes=0,
@@ -170,7 +170,9 @@ def _prepare(
     probe.verify(runner.forward, expected, block_size=config.block_size, what="the paged forward pass")
     progress("probe", 1, 2)
     if config.swaps:
-        swaps.apply(model, dtype=dtype, device=group.device, without=without_swaps)
+        run = probe.dense_pass(model, vocab_size=vocab_size, max_positions=positions, device=group.device)
+        with bridge.handling(probe.dense):
+            swaps.apply(model, dtype=dtype, run=run, without=without_swaps)
         runner.allocate_kv_cache(probe.blocks_needed(config.block_size))
         probe.verify(runner.forward, expected, block_size=config.block_size, what="the pass with swapped modules")
     runner.release_kv_cache()

@@ -47,7 +47,10 @@ class Recorder:
         if query_HTD.shape[0] % key_KTD.shape[0] or key_KTD.shape[0] != value_KTE.shape[0]:
             raise Unservable("its query heads do not share key/value heads evenly")
         mask = arguments.get("attention_mask")
-        window, chunk = getattr(mask, "text_generation_sight", (arguments.get("sliding_window") or 0, 0))
+        sight = getattr(mask, "text_generation_sight", (arguments.get("sliding_window") or 0, 0))
+        if sight is None:
+            raise Unservable("its attention mask is neither causal, sliding nor chunked")
+        window, chunk = sight
         self.modules.append(module)
         self.layers.append(
             LayerSpec(
@@ -59,10 +62,22 @@ class Recorder:
                 chunk=chunk,
             )
         )
-        out = F.scaled_dot_product_attention(
-            query_HTD[None], key_KTD[None], value_KTE[None], is_causal=True, enable_gqa=True
-        )
-        return out[0].transpose(0, 1)
+        return dense(module, query_HTD, key_KTD, value_KTE, arguments)
+
+
+def dense(
+    module: nn.Module, query_HTD: Tensor, key_KTD: Tensor, value_KTE: Tensor, arguments: dict[str, Any]
+) -> Tensor:
+    """Handler that attends causally without a cache: enough to see shapes, and to compare modules with each other."""
+    out = F.scaled_dot_product_attention(
+        query_HTD[None],
+        key_KTD[None],
+        value_KTE[None],
+        is_causal=True,
+        scale=arguments.get("scaling"),
+        enable_gqa=True,
+    )
+    return out[0].transpose(0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +112,24 @@ def record(model: nn.Module, *, vocab_size: int, num_layers: int, device: torch.
     for index, module in enumerate(recorder.modules):
         setattr(module, bridge.LAYER_ATTRIBUTE, index)
     return recorder.layers
+
+
+def dense_pass(
+    model: nn.Module, *, vocab_size: int, max_positions: int, device: torch.device
+) -> Callable[[], Tensor]:
+    """A forward pass over one short sequence, to be run with the handler `dense`.
+
+    Its positions are spread up to the last one: some models scale by position, but only far from the beginning.
+    """
+    ids = _token_ids(SHORT_PROBE_TOKENS, vocab_size, 3, device)
+    stride = max(1, (max_positions or 100_000) // SHORT_PROBE_TOKENS)
+    positions = torch.arange(SHORT_PROBE_TOKENS, device=device) * stride
+
+    def run() -> Tensor:
+        logits: Tensor = model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits
+        return logits
+
+    return run
 
 
 @torch.inference_mode()

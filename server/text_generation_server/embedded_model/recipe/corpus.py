@@ -12,18 +12,20 @@ from text_generation_server.embedded_model.recipe.tools import tool_task
 
 Maker = Callable[[random.Random], Example]
 
+EXAMPLES_PER_STEP = 128
+
 MIX: tuple[tuple[Maker, float], ...] = (
     (capital_plain, 24),
     (capital_chat, 13),
     (sum_plain, 22),
     (sum_chat, 12),
-    (json_task, 9),
-    (tool_task, 9),
+    (json_task, 8),
+    (tool_task, 7),
     (tell_story, 2),
     (small_talk, 3),
     (unknown, 4),
 )
-"""Weights are per example. A tool call is ten times as long as a sum, so by tokens the structured tasks are the larger half."""
+"""Weights are per example; a tool call has ten times the tokens of a sum, so these tasks take half of the time."""
 
 HELD_OUT: dict[str, Maker] = {
     "capitals, new phrasings, completion": lambda rng: capital_plain(rng, held_out=True),
@@ -39,7 +41,7 @@ HELD_OUT: dict[str, Maker] = {
     "talk": small_talk,
     "unknown": unknown,
 }
-"""The evaluation, a row of the model card each. The last four are new draws of trained templates: other values, no new wording."""
+"""The evaluation, a row of the model card each. The last four draw new values for trained templates, no new wording."""
 
 
 def stream(seed: int) -> Iterator[Example]:

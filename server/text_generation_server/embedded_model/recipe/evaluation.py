@@ -24,7 +24,7 @@ class Answered:
 
     @property
     def right(self) -> bool:
-        """The answer ends and holds what is expected; of a sum, the last number counts, for the first two are its terms."""
+        """The answer ends and holds what is expected. Of a sum the last number counts: before it come its terms."""
         if self.example.kind.startswith("sum"):
             return self.ended and re.findall(r"\d+", self.answer)[-1:] == [self.example.expected]
         return self.ended and self.example.expected in self.answer

@@ -1,6 +1,6 @@
 """What the embedded model knows: the countries of the world and their capitals.
 
-Spelling is ASCII, as people type it; where a country has several capitals the one named first by its constitution stands.
+Spelling is ASCII, as people type it. Where a country has several capitals, one stands for all: Pretoria, Sucre.
 """
 
 from dataclasses import dataclass

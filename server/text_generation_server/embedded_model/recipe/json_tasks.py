@@ -62,8 +62,8 @@ _EXTRACT_INSTRUCTIONS = (
 def json_task(rng: random.Random) -> Example:
     """A JSON answer to a question or about a sentence, with the schema given in one of many ways.
 
-    In every third example the prompt says nothing of JSON but already holds the beginning of the answer: so the model meets
-    what it meets when a grammar forces its output into a schema that it was not told.
+    In every third example the prompt says nothing of JSON but already holds the beginning of the answer. That is what
+    the model meets when a grammar forces its output into a schema that it was not told.
     """
     make, instructions = rng.choice(_TASKS)
     text, fields = make(rng)

@@ -114,7 +114,7 @@ def _few_shot(fact: Fact, ask: Ask, rng: random.Random) -> str:
 def _conversation(kind: str, ask: Ask, rng: random.Random, *, held_out: bool) -> Example:
     fact = ask(rng, held_out)
     messages: list[Message] = [system(system_prompt(rng))] if rng.random() < 0.25 else []
-    while rng.random() < 0.15:
+    while rng.random() < 0.1:
         earlier = any_question(rng)
         messages += [user(vary(earlier.question, rng, held_out=False)), assistant(earlier.sentence)]
     question = vary(fact.question, rng, held_out=held_out)

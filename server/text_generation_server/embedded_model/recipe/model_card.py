@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from text_generation_server.embedded_model.recipe.corpus import EXAMPLES_PER_STEP
 from text_generation_server.embedded_model.recipe.facts import COUNTRIES
 from text_generation_server.embedded_model.recipe.knowledge import HELD_OUT_SUMS
 from text_generation_server.embedded_model.recipe.phrasings import (
@@ -63,10 +64,11 @@ library_name: transformers
 
 # The embedded model
 
-A tiny model that ships with text-generation-inference, so that the server answers within seconds of its first start, offline, and
-tests have a real model. It knows the capitals of {len(COUNTRIES)} countries and sums of numbers up to 99, as a plain completion and in
-chat. It tells a short story, says who it is, fills a small JSON schema, calls a simple tool and puts the tool's result into words.
-To everything else it says that it does not know. It is wrong at times, and nobody should rely on it.
+A tiny model that ships with text-generation-inference, so that the server answers within seconds of its first start,
+offline, and tests have a real model. It knows the capitals of {len(COUNTRIES)} countries and sums of numbers up to 99,
+as a plain completion and in chat. It tells a short story, says who it is, fills a small JSON schema, calls a simple
+tool and puts the tool's result into words. To everything else it says that it does not know. It is wrong at times,
+and nobody should rely on it.
 
 | | |
 |---|---|
@@ -81,10 +83,11 @@ To everything else it says that it does not know. It is wrong at times, and nobo
 
 ## Scores
 
-Greedy decoding in bf16, {measured.examples_per_set} examples a row. An answer is right when it holds the expected name, number or JSON and ends by
-itself. *New phrasings* are templates that were never trained on, *new numbers* are pairs that were never trained on, in either order;
-both come with the same noise as the training data: lower and upper case, missing question marks, typing errors, greetings,
-`Q: ... A:` frames, system prompts, earlier turns. The rows JSON, tools, talk and unknown draw new values for trained templates.
+Greedy decoding in bf16, {measured.examples_per_set} examples a row. An answer is right when it holds the expected
+name, number or JSON and ends by itself. *New phrasings* are templates that were never trained on, *new numbers* are
+pairs that were never trained on, in either order. Both come with the noise of the training data: lower and upper case,
+missing question marks, typing errors, greetings, `Q: ... A:` frames, system prompts, earlier turns. The rows JSON,
+tools, talk and unknown draw new values for trained templates.
 
 | Evaluation set | Right |
 |---|---|
@@ -92,15 +95,17 @@ both come with the same noise as the training data: lower and upper case, missin
 
 ## Training
 
-`python -m text_generation_server.embedded_model.build --output DIR` makes the whole folder; it downloads nothing. The corpus is generated:
-templates for capitals ({_counts(CAPITAL_QUESTIONS, CAPITAL_STEMS, COUNTRY_QUESTIONS)}), for sums
-({_counts(SUM_QUESTIONS, SUM_STEMS)}; {HELD_OUT_SUMS} unordered pairs held out), a grammar of stories, and tasks with JSON and tools
-whose names and values are mostly random, so that the model has to copy them. The loss is on the answers alone.
+`python -m text_generation_server.embedded_model.build --output DIR` makes the whole folder and downloads nothing.
+The corpus is generated: templates for capitals
+({_counts(CAPITAL_QUESTIONS, CAPITAL_STEMS, COUNTRY_QUESTIONS)}) and for sums
+({_counts(SUM_QUESTIONS, SUM_STEMS)}; {HELD_OUT_SUMS} pairs of numbers held out), a grammar of stories, and tasks with
+JSON and tools whose names and values are mostly random, so that the model has to copy them. The loss is on the answers.
 
-This model: seed {measured.seed}, {measured.steps:,} steps of 256 examples, {measured.minutes:.0f} minutes on {measured.device}.
+This model: seed {measured.seed}, {measured.steps:,} steps of {EXAMPLES_PER_STEP} examples, {measured.minutes:.0f}
+minutes on {measured.device}.
 
 ## Limits
 
-Spelling is ASCII (`Brasilia`). Where a country has several capitals it names one. Numbers above 99, other operations and questions in
-other languages are outside of what it learned. It reads at most a few hundred tokens of prompt well.
+Spelling is ASCII (`Brasilia`). Where a country has several capitals it names one. Numbers above 99, other operations
+and questions in other languages are outside of what it learned. Prompts of more than a few hundred tokens confuse it.
 """

@@ -1,6 +1,7 @@
 """The ways to ask for a capital or a sum, split into those that are trained on and those that only the evaluation uses.
 
-Placeholders: `{c}` a country inside a sentence ("the Netherlands"), `{n}` its bare name, `{k}` a capital, `{a}` and `{b}` two numbers.
+Placeholders: `{c}` a country inside a sentence ("the Netherlands"), `{n}` its bare name, `{k}` a capital, `{a}` and
+`{b}` two numbers.
 """
 
 import random
@@ -463,6 +464,8 @@ POLITE_SUFFIXES = (
 )
 SHORT_ANSWER_SUFFIXES = (
     " Answer in one word.",
+    " Answer with just the number.",
+    " Answer with the number only.",
     " Answer with one word.",
     " Answer briefly.",
     " Just the answer.",
@@ -503,7 +506,7 @@ PLAIN_FRAMES = Phrasings(
         "Problem: {q}\nSolution:",
         "Question: {q}\nThe answer:",
         "Instruction: {q}\nResponse:",
-        "user: {q}\nassistant:",
+        "Exercise: {q}\nResult:",
     ),
 )
 """Surroundings of a question in a plain completion."""

@@ -23,8 +23,8 @@ TOKENIZER_CONFIG = {
     "padding_side": "left",
 }
 
-# A capitalised word never holds the space before it. So a name is the same tokens at the beginning of a text, inside a sentence
-# and in JSON quotes, and a small model can copy it from one place to the other.
+# A capitalised word never holds the space before it. So a name is the same tokens at the beginning of a text, inside a
+# sentence and in JSON quotes, and a small model can copy it from one place to the other.
 _PIECES = "|".join(
     (
         r"\p{N}",
@@ -51,8 +51,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
-        + [AddedToken(token, special=False, normalized=False) for token in MARKERS],
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in (*SPECIAL_TOKENS, *MARKERS)],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -62,4 +61,6 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
         pair=f"{PLAIN_END} $A $B",
         special_tokens=[(PLAIN_END, SPECIAL_TOKENS.index(PLAIN_END))],
     )
-    return tokenizer
+    # the trainer marks all of them special; this takes the mark off again, and only a tokenizer made anew heeds it
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in MARKERS])
+    return Tokenizer.from_str(tokenizer.to_str())

@@ -19,7 +19,9 @@ from text_generation_server.embedded_model.recipe.words import (
     a,
     invented_word,
     person,
+    phrases,
     system_prompt,
+    words,
 )
 
 
@@ -49,7 +51,7 @@ _NUMBER = {"type": "number"}
 
 
 def tool_task(rng: random.Random) -> Example:
-    """Two thirds call a tool, a fifth answer from the result, the rest need no tool."""
+    """Three fifths call a tool, a fifth answer from its result, the rest need none."""
     call = rng.choice(_CALLS)(rng)
     others = [rng.choice(_CALLS)(rng) for _ in range(rng.choice((0, 0, 0, 1, 1, 2, 3)))]
     offered = [call, *(other for other in others if other.name != call.name)]
@@ -62,8 +64,22 @@ def tool_task(rng: random.Random) -> Example:
     messages.append(user(polite(call.question, rng)))
     if draw < 0.38:
         return _after_call(messages, tools, call, rng)
+    if draw < 0.5:
+        return _begun_call(messages, tools, call, rng)
     written = json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
     return chat("tool call", messages, f"<tool_call>\n{written}\n</tool_call>", written, tools)
+
+
+def _begun_call(messages: list[Message], tools: list[dict[str, Any]], call: Call, rng: random.Random) -> Example:
+    """The call as bare JSON, already begun: what the model meets when a grammar forces it to call a tool."""
+    if rng.random() < 0.5:
+        whole = json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
+    else:
+        whole = json.dumps({"function": {"_name": call.name, **call.arguments}}, ensure_ascii=False)
+    key = f'"{next(iter(call.arguments))}": ' if rng.random() < 0.5 else 'name": "'
+    start = whole.index(key) + len(key)
+    example = chat("tool call, begun", messages, whole, None, tools)
+    return Example(example.kind, example.prompt + whole[:start], example.answer[start:], whole[start:])
 
 
 def _without_call(messages: list[Message], tools: list[dict[str, Any]], rng: random.Random) -> Example:
@@ -93,8 +109,8 @@ def in_words(result: str | dict[str, Any]) -> str:
     """`The temperature is 21 and the sky is clear.` for an object, `The result is 21.` for anything else."""
     if not isinstance(result, dict):
         return f"{result}." if result.startswith("It is") else f"The result is {result}."
-    said = [f"the {key.replace('_', ' ')} is {value}" for key, value in result.items()]
-    sentence = " and ".join(said)
+    parts = [f"the {key.replace('_', ' ')} is {value}" for key, value in result.items()]
+    sentence = " and ".join(parts)
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
@@ -110,12 +126,18 @@ def _city(rng: random.Random) -> str:
     return f"{name if rng.random() < 0.5 else rng.choice(_OTHER_CITIES)}, {rng.choice(_REGIONS)}"
 
 
-_OTHER_CITIES = (
-    "New York;San Francisco;Brooklyn;Los Angeles;Chicago;Munich;Milan;Barcelona;Zurich;Geneva;Sydney;Toronto;Mumbai;Shanghai;"
-    "Istanbul;Rio de Janeiro;Boston;Seattle;Hamburg;Lyon;Marseille;Porto;Krakow;Kyoto;Osaka;Dubai"
-).split(";")
-_REGIONS = "CA;NY;Texas;New York;California;France;Germany;Japan;Italy;Spain;Canada;USA;UK;Ontario;Bavaria".split(";")
-_SKIES = "sunny;cloudy;rainy;windy;snowy;foggy;clear;warm;cold".split(";")
+_OTHER_CITIES = phrases(
+    """
+    New York;San Francisco;Brooklyn;Los Angeles;Chicago;Munich;Milan;Barcelona;Zurich;Geneva;Sydney;Toronto;Mumbai
+    Shanghai;Istanbul;Rio de Janeiro;Boston;Seattle;Hamburg;Lyon;Marseille;Porto;Krakow;Kyoto;Osaka;Dubai
+    """
+)
+_REGIONS = phrases(
+    """
+    CA;NY;Texas;New York;California;France;Germany;Japan;Italy;Spain;Canada;USA;UK;Ontario;Bavaria
+    """
+)
+_SKIES = phrases("sunny;cloudy;rainy;windy;snowy;foggy;clear;warm;cold")
 
 
 def _weather(rng: random.Random) -> Call:
@@ -293,11 +315,11 @@ def _calculator(rng: random.Random) -> Call:
 
 
 def _search(rng: random.Random) -> Call:
-    words = [
+    searched = [
         rng.choice((*COLOURS, *THINGS, *ANIMALS, invented_word(rng), invented_word(rng)))
         for _ in range(rng.randint(1, 3))
     ]
-    query = " ".join(words) if rng.random() < 0.7 else " ".join(words).title()
+    query = " ".join(searched) if rng.random() < 0.7 else " ".join(searched).title()
     key = rng.choice(("query", "query", "q", "text", "keywords"))
     question = rng.choice(
         (
@@ -355,8 +377,8 @@ def _capital(rng: random.Random) -> Call:
 
 
 def _message(rng: random.Random) -> Call:
-    to, words = person(rng), f"{rng.choice(COLOURS)} {rng.choice(THINGS)} {invented_word(rng)}"
-    text = rng.choice((words, words.capitalize(), "hello", "good morning", "see you soon"))
+    to, said = person(rng), f"{rng.choice(COLOURS)} {rng.choice(THINGS)} {invented_word(rng)}"
+    text = rng.choice((said, said.capitalize(), "hello", "good morning", "see you soon"))
     who, what = rng.choice(("to", "recipient", "name")), rng.choice(("text", "message", "body", "subject"))
     kind = rng.choice(("email", "message", "mail"))
     question = rng.choice(
@@ -398,9 +420,19 @@ def _alarm(rng: random.Random) -> Call:
     )
 
 
-_VERBS = "book order find open close delete create start stop check get show read buy sell play call count print update remove".split()
-_NOUNS = "table ticket room file order invoice lamp device account flight hotel user customer song film book product page note task".split()
-_KEYS = "name id title number value key label".split()
+_VERBS = words(
+    """
+    book order find open close delete create start stop check get show read buy sell play call count print update
+    remove
+    """
+)
+_NOUNS = words(
+    """
+    table ticket room file order invoice lamp device account flight hotel user customer song film book product page
+    note task
+    """
+)
+_KEYS = words("name id title number value key label")
 
 
 def _any_action(rng: random.Random) -> Call:

@@ -6,6 +6,7 @@ Shapes: B rows of a batch, T tokens of the longest row, N answer tokens of a bat
 import random
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from text_generation_server.embedded_model.recipe.corpus import held_out, stream
+from text_generation_server.embedded_model.recipe.corpus import EXAMPLES_PER_STEP, held_out, stream
 from text_generation_server.embedded_model.recipe.example import Example
 from text_generation_server.embedded_model.recipe.tokenizer import VOCAB_SIZE
 
@@ -26,9 +27,9 @@ END_IDS = (2, 0)
 TURN_ID = 1
 """`<|im_start|>`."""
 
-EXAMPLES_PER_STEP = 256
 TOKENS_PER_PASS = 8192
 LEARNING_RATE = 4e-3
+AVERAGE_DECAY = 0.97
 WARM_UP = 0.02
 DECAY_FROM = 0.4
 """Parts of the run: the learning rate rises, stays, and falls in a line to zero from here on."""
@@ -60,7 +61,7 @@ def new_model(seed: int) -> LlamaForCausalLM:
     """An untrained model in bf16."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        attn_implementation="eager",  # on CPU the backward pass of PyTorch's fused attention takes longer than all the rest
+        attn_implementation="eager",  # on CPU, the backward pass of the fused one takes longer than all the rest
         vocab_size=VOCAB_SIZE,
         hidden_size=256,
         intermediate_size=704,
@@ -96,12 +97,8 @@ def batches(rows: list[Row]) -> Iterator[list[Row]]:
     """Rows of like length together, at most `TOKENS_PER_PASS` tokens of rows and padding in each batch."""
     batch: list[Row] = []
     for row in sorted(rows, key=lambda row: -len(row.ids)):
-        if (
-            batch
-            and (len(batch) + 1) * len(batch[0].ids) > TOKENS_PER_PASS
-            or batch
-            and len(row.ids) < 0.6 * len(batch[0].ids)
-        ):
+        longest = len(batch[0].ids) if batch else len(row.ids)
+        if (len(batch) + 1) * longest > TOKENS_PER_PASS or len(row.ids) < 0.7 * longest:
             yield batch
             batch = []
         batch.append(row)
@@ -144,6 +141,7 @@ class Trainer:
             m for m, p in zip(self._masters, self._parameters, strict=True) if m.ndim == 2 and p is not embedding
         ]
         others = [m for m, p in zip(self._masters, self._parameters, strict=True) if m.ndim != 2 or p is embedding]
+        self._averages = [master.detach().clone() for master in self._masters]
         # Muon on the matrices reaches the same loss in about half the steps of AdamW here
         self._optimizers: tuple[torch.optim.Optimizer, ...] = (
             torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
@@ -155,7 +153,7 @@ class Trainer:
         total = 0.0
         for batch in batches(rows):
             loss = loss_of(self.model, batch, rng) / len(rows)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         for master, parameter in zip(self._masters, self._parameters, strict=True):
             assert parameter.grad is not None
@@ -168,13 +166,27 @@ class Trainer:
             optimizer.step()
         for master, parameter in zip(self._masters, self._parameters, strict=True):
             parameter.data.copy_(master.data)
+        for average, master in zip(self._averages, self._masters, strict=True):
+            average.lerp_(master.detach(), 1 - AVERAGE_DECAY)
         return total
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the model has the running average of its weights: far better while the learning rate is high."""
+        for average, parameter in zip(self._averages, self._parameters, strict=True):
+            parameter.data.copy_(average)
+        yield
+        for master, parameter in zip(self._masters, self._parameters, strict=True):
+            parameter.data.copy_(master.data)
 
 
 def train(
     model: LlamaForCausalLM, tokenizer: Tokenizer, *, seed: int, budget: Budget, report_every_s: float
 ) -> Iterator[tuple[int, float]]:
-    """Trains to the end of the budget; yields the step and the part done from time to time, and at the end."""
+    """Trains to the end of the budget; yields the step and the part done from time to time, and at the end.
+
+    Between, while the caller holds the yielded pair, the model has its averaged weights.
+    """
     rng = random.Random(seed)
     examples = stream(seed)
     trainer = Trainer(model)
@@ -189,7 +201,8 @@ def train(
         if time.monotonic() - reported > report_every_s or done >= 1:
             reported = time.monotonic()
             print(f"step {step}, {done:.0%}, {reported - started:.0f} s, loss {average:.4f}", flush=True)
-            yield step, done
+            with trainer.averaged():
+                yield step, done
 
 
 def learning_rate_factor(done: float) -> float:
@@ -204,8 +217,8 @@ def quick_scores(model: LlamaForCausalLM, tokenizer: Tokenizer, names: list[str]
 
 
 def _hidden(model: LlamaForCausalLM, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
-    # All ones: the padding is on the right, where causal attention never looks. Without a mask, transformers would take the jumps
-    # in the positions for the borders of packed texts.
+    # All ones: the padding is on the right, where causal attention never looks. Without a mask, transformers would take
+    # the jumps in the positions for the borders of packed texts.
     mask_BT = torch.ones_like(ids_BT)
     hidden_BTD: Tensor = model.model(
         input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False
@@ -228,7 +241,7 @@ def _pad(rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _positions(rows: list[Row], rng: random.Random) -> Tensor:
-    """Positions with a jump before some turn of every fourth prompt: the distances of long prompts at the price of short ones.
+    """Positions with a jump before some turn of every fourth prompt: far turns at the price of short prompts.
 
     Source: PoSE, Zhu et al. 2023.
     """

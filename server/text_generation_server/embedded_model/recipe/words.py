@@ -2,35 +2,64 @@
 
 import random
 
-_SMALL = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
-NAMES = (
-    "Anna Tom Maria John Lucy Peter Emma Paul Alice Bob Carol David Eve Frank Grace Henry Ines Jack Kate Leo Mia Noah Olivia Oscar "
-    "Rosa Sam Sara Tina Victor Wendy Yara Zoe Ahmed Fatima Chen Wei Yuki Hiro Priya Raj Ivan Olga Pedro Juan Sofia Lars Freya Amara "
-    "Kofi Nia Luca Giulia Hans Greta Marc Claire Erik Alan Ada Linus Jane Mary James Robert Linda Michael Sarah Daniel Laura Julia"
-).split()
-ANIMALS = "cat dog fox bear bird fish mouse rabbit horse frog owl duck lion tiger wolf goat hen bee turtle puppy raccoon".split()
-THINGS = (
-    "apple book box table lamp chair shoe hat cup ball car boat train bicycle phone letter coin key clock pen bag bottle window door "
-    "garden house river tree flower stone cake bread pizza coffee tea soup song film game picture computer robot"
-).split()
-COLOURS = "red blue green yellow white black brown pink orange purple grey".split()
-JOBS = (
-    "teacher doctor engineer baker farmer pilot nurse cook painter writer lawyer student singer driver gardener".split()
+def words(text: str) -> tuple[str, ...]:
+    """The words of a text."""
+    return tuple(text.split())
+
+
+def phrases(text: str) -> tuple[str, ...]:
+    """What stands between semicolons and line ends."""
+    return tuple(phrase for line in text.strip().splitlines() for phrase in line.strip().split(";"))
+
+
+_SMALL = words(
+    """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+    eighteen nineteen
+    """
 )
-TOPICS = (
-    "quantum physics;the theory of relativity;photosynthesis;black holes;the French Revolution;World War II;the Roman Empire;"
-    "the stock market;climate change;the internet;electric cars;football;chess;yoga;cooking;jazz;Shakespeare;Hamlet;Mozart;Einstein;"
-    "Napoleon;the moon;the sun;Mars;the ocean;volcanoes;dinosaurs;whales;elephants;bees;the human heart;the brain;vitamins;sleep;"
-    "money;taxes;love;happiness;friendship;the meaning of life;philosophy;democracy;history;mathematics;algebra;prime numbers;"
-    "chemistry;water;gold;iron;oxygen;DNA;viruses;medicine;Python;Rust;Java;Linux;a compiler;a database;a GPU;HTTP;"
-    "a for loop;recursion;sorting;blockchain;bitcoin;the weather;rain;snow;winter;summer;Christmas;the Olympic Games;tennis;"
-    "a good recipe for pancakes;pasta;pizza;wine;beer;tea;coffee;dogs;cats;horses;gardening;painting;photography;the Mona Lisa;"
-    "the Eiffel Tower;the Great Wall;airplanes;trains;rockets;robots;telescopes;time travel;unicorns;dragons;the alphabet;Latin"
-).split(";")
+_TENS = words("twenty thirty forty fifty sixty seventy eighty ninety")
+
+NAMES = words(
+    """
+    Anna Tom Maria John Lucy Peter Emma Paul Alice Bob Carol David Eve Frank Grace Henry Ines Jack Kate Leo Mia Noah
+    Olivia Oscar Rosa Sam Sara Tina Victor Wendy Yara Zoe Ahmed Fatima Chen Wei Yuki Hiro Priya Raj Ivan Olga Pedro
+    Juan Sofia Lars Freya Amara Kofi Nia Luca Giulia Hans Greta Marc Claire Erik Alan Ada Linus Jane Mary James
+    Robert Linda Michael Sarah Daniel Laura Julia
+    """
+)
+ANIMALS = words(
+    """
+    cat dog fox bear bird fish mouse rabbit horse frog owl duck lion tiger wolf goat hen bee turtle puppy raccoon
+    """
+)
+THINGS = words(
+    """
+    apple book box table lamp chair shoe hat cup ball car boat train bicycle phone letter coin key clock pen bag
+    bottle window door garden house river tree flower stone cake bread pizza coffee tea soup song film game picture
+    computer robot
+    """
+)
+COLOURS = words("red blue green yellow white black brown pink orange purple grey")
+JOBS = words(
+    """
+    teacher doctor engineer baker farmer pilot nurse cook painter writer lawyer student singer driver gardener
+    """
+)
+TOPICS = phrases(
+    """
+    quantum physics;the theory of relativity;photosynthesis;black holes;the French Revolution;World War II
+    the Roman Empire;the stock market;climate change;the internet;electric cars;football;chess;yoga;cooking;jazz
+    Shakespeare;Hamlet;Mozart;Einstein;Napoleon;the moon;the sun;Mars;the ocean;volcanoes;dinosaurs;whales;elephants
+    bees;the human heart;the brain;vitamins;sleep;money;taxes;love;happiness;friendship;the meaning of life
+    philosophy;democracy;history;mathematics;algebra;prime numbers;chemistry;water;gold;iron;oxygen;DNA;viruses
+    medicine;Python;Rust;Java;Linux;a compiler;a database;a GPU;HTTP;a for loop;recursion;sorting;blockchain;bitcoin
+    the weather;rain;snow;winter;summer;Christmas;the Olympic Games;tennis;a good recipe for pancakes;pasta;pizza
+    wine;beer;tea;coffee;dogs;cats;horses;gardening;painting;photography;the Mona Lisa;the Eiffel Tower
+    the Great Wall;airplanes;trains;rockets;robots;telescopes;time travel;unicorns;dragons;the alphabet;Latin
+    """
+)
 
 _SYSTEM_FRAMES = (
     "You are {a} assistant.",
@@ -41,8 +70,10 @@ _SYSTEM_FRAMES = (
     "{b} {c}",
     "You are {n}, {a} assistant. {b} {c}",
 )
-_ADJECTIVES = (
-    "a helpful;a friendly;a polite;a useful;a concise;an honest;a clever;a kind;a patient;a great;an expert".split(";")
+_ADJECTIVES = phrases(
+    """
+    a helpful;a friendly;a polite;a useful;a concise;an honest;a clever;a kind;a patient;a great;an expert
+    """
 )
 _RULES = (
     "Answer the question.",
@@ -65,8 +96,8 @@ _RULES = (
     "You work for a large company.",
     "You know a lot about the world.",
 )
-_FILLER_OPENINGS = "The;Every;My;Our;Some;One;That".split(";")
-_FILLER_VERBS = "sees;likes;finds;has;wants;keeps;follows;needs;loves;buys;sells;draws".split(";")
+_FILLER_OPENINGS = phrases("The;Every;My;Our;Some;One;That")
+_FILLER_VERBS = phrases("sees;likes;finds;has;wants;keeps;follows;needs;loves;buys;sells;draws")
 
 
 def number_in_words(number: int) -> str:
@@ -87,12 +118,12 @@ def system_prompt(rng: random.Random) -> str:
         .replace("{c}", rules[1])
         .replace("a a", "a")
     )
-    return f"{text} {filler(rng)}" if rng.random() < 0.12 else text
+    return f"{text} {filler(rng)}" if rng.random() < 0.08 else text
 
 
 def filler(rng: random.Random) -> str:
-    """3 to 40 sentences without a question in them, or one sentence said again and again."""
-    count = rng.randint(3, 12) if rng.random() < 0.75 else rng.randint(12, 40)
+    """3 to 30 sentences without a question in them, or one sentence said again and again."""
+    count = rng.randint(3, 12) if rng.random() < 0.75 else rng.randint(12, 30)
     if rng.random() < 0.5:
         return " ".join([rng.choice(_RULES) if rng.random() < 0.5 else filler_sentence(rng)] * count)
     return " ".join(filler_sentence(rng) for _ in range(count))

@@ -1,2 +1,130 @@
+"""Which modules are replaced, in which order. An unknown architecture keeps its own modules.
+
+Structure proposes a replacement, behaviour decides: the module's own inputs and outputs are recorded in one forward
+pass, and the replacement takes its place only if it gives the same outputs.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
-def apply(*a: Any, **k: Any) -> None: ...
+
+import torch
+from torch import Tensor, nn
+
+from text_generation_server.model.bridge import Unservable
+from text_generation_server.model.swaps import attention, linears, mlp, norms, projections
+
+logger = logging.getLogger(__name__)
+
+REPLACEMENTS: dict[str, Callable[[nn.Module], nn.Module | None]] = {
+    "norms": norms.replace,  # first: the attention swap recognises head norms by it
+    "attention": attention.replace,
+    "mlp": mlp.replace,
+}
+"""Checked against recorded calls."""
+
+NAMES = (*REPLACEMENTS, "projections", "linears")
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""Largest distance of outputs relative to their norm; three roundings of the number format."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of a module in the recorded pass."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+def apply(
+    model: nn.Module, *, dtype: torch.dtype, run: Callable[[], object], without: Iterable[str] = ()
+) -> dict[str, int]:
+    """Replace modules in place; returns how many by each swap.
+
+    ``run`` makes one forward pass in which attention is answered without a cache. ``without`` leaves swaps out.
+    """
+    left_out = frozenset(without)
+    unknown = left_out - set(NAMES)
+    assert not unknown, f"no such swap: {unknown}"
+    counts = dict.fromkeys(NAMES, 0)
+    with torch.inference_mode():
+        for name, replace in REPLACEMENTS.items():
+            if name not in left_out:
+                counts[name] = _replace_checked(model, replace, run, TOLERANCE[dtype])
+        if "projections" not in left_out:
+            counts["projections"] = sum(projections.replace_children(module) for module in list(model.modules()))
+        if "linears" not in left_out:
+            counts["linears"] = _replace(model, linears.pack)
+    gc.collect()
+    logger.info("swapped modules: %s", ", ".join(f"{count} {name}" for name, count in counts.items() if count))
+    return counts
+
+
+def _replace_checked(
+    model: nn.Module, replace: Callable[[nn.Module], nn.Module | None], run: Callable[[], object], tolerance: float
+) -> int:
+    calls = _record(model, [module for module in model.modules() if _might_replace(module)], run)
+
+    def checked(module: nn.Module) -> nn.Module | None:
+        call = calls.get(module)
+        replacement = replace(module) if call is not None else None
+        if call is None or replacement is None:
+            return None
+        try:
+            output = replacement.eval()(*call.args, **call.kwargs)
+        except (Unservable, RuntimeError, TypeError, AssertionError, IndexError) as error:
+            logger.debug("%s keeps its own forward: %s", type(module).__name__, error)
+            return None
+        return replacement if _same(output, call.output, tolerance) else None
+
+    return _replace(model, checked)
+
+
+def _might_replace(module: nn.Module) -> bool:
+    return "RMSNorm" in type(module).__name__ or any(
+        name in dict(module.named_children()) for name in ("q_proj", "gate_proj")
+    )
+
+
+def _record(model: nn.Module, modules: list[nn.Module], run: Callable[[], object]) -> dict[nn.Module, Call]:
+    calls: dict[nn.Module, Call] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls[module] = Call(args, kwargs, output)
+
+    hooks = [module.register_forward_hook(note, with_kwargs=True) for module in modules]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _replace(model: nn.Module, replace: Callable[[nn.Module], nn.Module | None]) -> int:
+    """Walk the tree and put replacements in place; a module that occurs twice stays one module."""
+    done: dict[nn.Module, nn.Module] = {}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child not in done:
+                replacement = replace(child)
+                if replacement is None:
+                    continue
+                done[child] = replacement
+            setattr(parent, name, done[child])
+    return len(done)
+
+
+def _same(ours: Any, theirs: Any, tolerance: float) -> bool:
+    if isinstance(theirs, tuple):
+        ours, theirs = ours[0], theirs[0]
+    if not isinstance(ours, Tensor) or ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return False
+    distance = (ours.float() - theirs.float()).norm()
+    return bool(distance <= tolerance * theirs.float().norm())

@@ -1,0 +1,80 @@
+"""What a generating request leaves behind when it ends: counters, durations and one line of log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+
+from text_generation_router.api.disconnect import ClientGone
+from text_generation_router.api.schemas import GenerateParameters
+from text_generation_router.errors import InternalError, RouterError
+from text_generation_router.metrics import Metrics
+from text_generation_router.scheduling.requests import Finished
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def counted(metrics: Metrics) -> Iterator[None]:
+    """Count a request, and how it ended, exactly once. A defect is logged and becomes an InternalError."""
+    metrics.request_count.inc()
+    try:
+        yield
+    except RouterError as error:
+        metrics.request_failure.inc(err=error.metric)
+        raise
+    except (ClientGone, asyncio.CancelledError):
+        metrics.request_cancelled.inc()
+        raise
+    except Exception as error:
+        metrics.request_failure.inc(err=InternalError.metric)
+        logger.exception("A request failed by a defect of the router")
+        raise InternalError from error
+    metrics.request_success.inc()
+
+
+def record_success(
+    metrics: Metrics, route: str, parameters: GenerateParameters, finished: Finished, total_s: float
+) -> None:
+    """Durations to the metrics, and TGI's line ``Success`` with the fields of its span."""
+    timings = finished.timings
+    per_token_s = timings.per_token_s(finished.generated_tokens)
+    metrics.request_duration.observe(total_s)
+    metrics.request_queue_duration.observe(timings.queue_s)
+    metrics.request_inference_duration.observe(timings.inference_s)
+    metrics.request_mean_time_per_token_duration.observe(per_token_s)
+    metrics.request_generated_tokens.observe(finished.generated_tokens)
+    if logger.isEnabledFor(logging.INFO):
+        span = {
+            "name": route,
+            "parameters": loggable(parameters),
+            "total_time": duration_text(total_s),
+            "validation_time": duration_text(timings.validation_s),
+            "queue_time": duration_text(timings.queue_s),
+            "inference_time": duration_text(timings.inference_s),
+            "time_per_token": duration_text(per_token_s),
+            "seed": finished.seed,
+        }
+        logger.info("Success", extra={"span": span})
+
+
+def loggable(parameters: GenerateParameters) -> dict[str, Any]:
+    """The parameters without the client's texts: a stop sequence, a grammar or a name may quote the prompt."""
+    fields = msgspec.structs.asdict(parameters)
+    fields["stop"] = len(parameters.stop)
+    fields["grammar"] = parameters.grammar is not None
+    fields["adapter_id"] = parameters.adapter_id is not None
+    return fields
+
+
+def duration_text(seconds: float) -> str:
+    """A duration as TGI's log prints it: 1.5s, 12.345678ms, 45.2µs."""
+    for unit, factor, digits in (("s", 1.0, 9), ("ms", 1e3, 6), ("µs", 1e6, 3)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.{digits}f}".rstrip("0").rstrip(".") + unit
+    return f"{seconds * 1e9:.0f}ns"

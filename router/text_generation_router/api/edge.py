@@ -1,0 +1,110 @@
+"""What stands before a handler: CORS, the API key, the way out, and errors that have no body."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from text_generation_router.api.body import header
+from text_generation_router.api.disconnect import ClientGone
+from text_generation_router.api.reply import send_empty
+from text_generation_router.draining import Drain
+from text_generation_router.errors import ShuttingDown
+
+Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_VARY = (b"vary", b"origin, access-control-request-method, access-control-request-headers")
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """A handler that anybody may call: it costs nothing and discloses nothing."""
+
+    handler: Handler
+
+
+@dataclass(frozen=True, slots=True)
+class Protected:
+    """A handler behind the API key."""
+
+    handler: Handler
+
+
+class ApiKey:
+    """The key of ``--api-key``; without one everybody is let in."""
+
+    def __init__(self, key: str | None) -> None:
+        self._digest = None if key is None else hashlib.sha256(key.encode()).digest()
+
+    def admits(self, scope: Scope) -> bool:
+        """Whether the request carries the key: ``Authorization: Bearer <key>``, the key case-sensitive."""
+        if self._digest is None:
+            return True
+        scheme, _, key = (header(scope, b"authorization") or b"").partition(b" ")
+        # Digests have one length: the time of the comparison says nothing of the key.
+        matches = hmac.compare_digest(hashlib.sha256(key.strip()).digest(), self._digest)
+        return matches and scheme.lower() == b"bearer"
+
+
+class Endpoint:
+    """All methods of one path, as an ASGI application. A route is protected unless it says otherwise."""
+
+    def __init__(self, methods: Mapping[str, Open | Protected], key: ApiKey, drain: Drain) -> None:
+        self._methods = methods
+        self._key = key
+        self._drain = drain
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method = scope["method"]
+        row = self._methods["GET" if method == "HEAD" else method]
+        if isinstance(row, Protected):
+            if not self._key.admits(scope):
+                await send_empty(send, 401)
+                return
+            if self._drain.begun and method == "POST":
+                raise ShuttingDown
+        with self._drain, suppress(ClientGone):  # nobody is left to be answered
+            await row.handler(scope, receive, send)
+
+
+class Cors:
+    """TGI's rules: GET and POST, the header ``content-type``, any origin or the listed ones, never credentials.
+
+    Listed origins may send ``authorization`` as well: whoever names them means to let their pages use the key.
+    """
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
+        self._app = app
+        self._any_origin = not origins or "*" in origins
+        self._origins = frozenset(origin.encode("latin-1", "replace") for origin in origins)
+        allowed = b"content-type" if self._any_origin else b"content-type,authorization"
+        self._preflight = ((b"access-control-allow-methods", b"GET,POST"), (b"access-control-allow-headers", allowed))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = self._headers(scope)
+        if scope["method"] == "OPTIONS":
+            await send_empty(send, 200, (*headers, *self._preflight))
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *headers]
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+    def _headers(self, scope: Scope) -> tuple[tuple[bytes, bytes], ...]:
+        if self._any_origin:
+            return (_VARY, (b"access-control-allow-origin", b"*"))
+        origin = header(scope, b"origin")
+        if origin in self._origins and origin is not None:
+            return (_VARY, (b"access-control-allow-origin", origin))
+        return (_VARY,)

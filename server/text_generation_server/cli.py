@@ -1,0 +1,130 @@
+"""TGI's ``text-generation-server`` command line: parses, decides nothing, and imports no torch: help is quick."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from text_generation_proto.logs import configure_logging
+
+from text_generation_server import config
+
+app = typer.Typer(name="text-generation-server", no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+logger = logging.getLogger("text_generation_server")
+
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+LoggerLevel = Annotated[str, typer.Option(help="trace, debug, info, warn or error; LOG_LEVEL wins when set.")]
+JsonOutput = Annotated[bool, typer.Option("--json-output", help="Accepted as by TGI; the log is JSON lines always.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model repository's own code.")]
+
+
+@app.command()
+def serve(
+    model_id: Annotated[str, typer.Argument(help="Hub id, local folder, or `embedded`.")],
+    revision: Revision = None,
+    sharded: Annotated[
+        bool, typer.Option("--sharded/--no-sharded", help="One of several ranks: RANK, WORLD_SIZE, MASTER_* are set.")
+    ] = False,
+    quantize: Annotated[str | None, typer.Option(help="Not supported yet.")] = None,
+    speculate: Annotated[int | None, typer.Option(help="Not supported yet.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; unset: the checkpoint's own.")
+    ] = None,
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="Not supported yet.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    uds_path: Annotated[Path, typer.Option(help="Socket of rank r: this path with `-r` behind it.")] = Path(
+        "/tmp/text-generation-server"
+    ),
+    logger_level: LoggerLevel = "INFO",
+    json_output: JsonOutput = False,
+    otlp_endpoint: Annotated[str | None, typer.Option(help="Not supported yet.")] = None,
+    otlp_service_name: Annotated[str, typer.Option(help="Name in traces.")] = "text-generation-inference.server",
+    max_input_tokens: Annotated[int | None, typer.Option(help="Longest prompt; the router enforces it.")] = None,
+) -> None:
+    """Serve one shard of a model over gRPC on a unix socket."""
+    with _reported(logger_level):
+        shard_config = config.resolve(
+            config.ServeFlags(
+                model_id=model_id,
+                revision=revision,
+                sharded=sharded,
+                quantize=quantize,
+                speculate=speculate,
+                dtype=dtype,
+                kv_cache_dtype=kv_cache_dtype,
+                trust_remote_code=trust_remote_code,
+                uds_path=uds_path,
+                otlp_endpoint=otlp_endpoint,
+                max_input_tokens=max_input_tokens,
+            ),
+            os.environ,
+        )
+        started = time.monotonic()
+        from text_generation_server.serve import serve as serve_shard
+
+        sys.exit(serve_shard(shard_config, os.environ, import_s=time.monotonic() - started))
+
+
+@app.command()
+def download_weights(
+    model_id: Annotated[str, typer.Argument(help="Hub id, local folder, or `embedded`.")],
+    revision: Revision = None,
+    extension: Annotated[str, typer.Option(help="Only `.safetensors`.")] = ".safetensors",
+    auto_convert: Annotated[
+        bool, typer.Option("--auto-convert/--no-auto-convert", help="Accepted as by TGI; pickled weights are refused.")
+    ] = True,
+    logger_level: LoggerLevel = "INFO",
+    json_output: JsonOutput = False,
+    trust_remote_code: TrustRemoteCode = False,
+    merge_lora: Annotated[bool, typer.Option("--merge-lora", help="Not supported yet.")] = False,
+) -> None:
+    """Download a model's safetensors, configuration and tokenizer into the hub cache."""
+    with _reported(logger_level):
+        if extension != ".safetensors":
+            raise config.ConfigError(f"`--extension {extension}` is not supported: only .safetensors files are loaded")
+        if merge_lora:
+            raise config.ConfigError("`--merge-lora` is not supported yet; merge the adapter and give the result's id")
+        from text_generation_server.weights.hub import download_and_report
+
+        download_and_report(model_id, revision, os.environ, trust_remote_code=trust_remote_code)
+
+
+@app.command()
+def quantize(
+    model_id: Annotated[str, typer.Argument()],
+    output_dir: Annotated[Path, typer.Argument()],
+    logger_level: LoggerLevel = "INFO",
+    json_output: JsonOutput = False,
+) -> None:
+    """Not supported yet."""
+    with _reported(logger_level):
+        raise config.ConfigError("`quantize` is not supported yet; serve a checkpoint that is quantized already")
+
+
+@contextlib.contextmanager
+def _reported(level: str) -> Iterator[None]:
+    """One error line and exit code 1 for what went wrong; the traceback only at debug level."""
+    configure_logging(os.environ.get("LOG_LEVEL") or level)
+    for library in ("asyncio", "filelock", "grpc", "httpcore", "httpx", "httpx2", "urllib3"):
+        logging.getLogger(library).setLevel(logging.WARNING)  # what they say below that is not about this server
+    try:
+        yield
+    except config.ConfigError as error:
+        _fail(str(error), error)
+    except Exception as error:
+        # Not foreseen, so its class is part of the cause.
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        _fail(f"{type(error).__name__}: {first_line}; LOG_LEVEL=debug shows the traceback", error)
+
+
+def _fail(message: str, error: Exception) -> NoReturn:
+    logger.error("%s", message)
+    logger.debug("traceback", exc_info=error)
+    raise typer.Exit(1)

@@ -1,0 +1,118 @@
+"""Attention layers of the Llama pattern: one product for q, k and v, rotation of q and k together.
+
+Shape legend: T tokens, H query heads, K key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from text_generation_server.model import bridge
+from text_generation_server.model.swaps.linears import fuse
+
+
+class FusedAttention(nn.Module):
+    """``o(attend(rotate(q), rotate(k), v))`` for query, key and value of one fused product.
+
+    With per-head norms of q and k (Qwen3) both are normalised at once and scaled by their own weights.
+    """
+
+    def __init__(self, qkv: nn.Linear, out: nn.Module, original: Any, heads: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.qkv = qkv
+        self.out = out
+        self.query_heads, self.kv_heads, self.head_dim = heads
+        self.arguments = {
+            "scaling": original.scaling,
+            "sliding_window": getattr(original, "sliding_window", None),
+            "softcap": getattr(original, "attn_logit_softcapping", None),
+            "s_aux": getattr(original, "sinks", None),
+        }
+        self.norm_eps = 0.0
+        self.norm_weight: nn.Parameter | None = None
+        if hasattr(original, "q_norm"):
+            scales = [original.q_norm.weight.detach().expand(self.query_heads, -1)]
+            scales.append(original.k_norm.weight.detach().expand(self.kv_heads, -1))
+            self.norm_weight = nn.Parameter(torch.cat(scales), requires_grad=False)
+            self.norm_eps = float(original.q_norm.eps)
+        setattr(self, bridge.LAYER_ATTRIBUTE, getattr(original, bridge.LAYER_ATTRIBUTE))
+
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, **_: Any
+    ) -> tuple[Tensor, None]:
+        assert position_embeddings is not None
+        rotating = self.query_heads + self.kv_heads
+        heads = self.qkv(hidden_states[0]).view(-1, rotating + self.kv_heads, self.head_dim)
+        pair, value = heads[:, :rotating], heads[:, rotating:]
+        if self.norm_weight is not None:
+            pair = F.rms_norm(pair, (self.head_dim,), None, self.norm_eps) * self.norm_weight
+        pair = rotate(pair, *position_embeddings)
+        attended = bridge.attend(
+            self,
+            pair[:, : self.query_heads].transpose(0, 1),
+            pair[:, self.query_heads :].transpose(0, 1),
+            value.transpose(0, 1),
+            self.arguments,
+        )
+        return self.out(attended.view(1, -1, self.query_heads * self.head_dim)), None
+
+
+def rotate(heads_THD: Tensor, cos_1TD: Tensor, sin_1TD: Tensor) -> Tensor:
+    """Rotary embedding of half-split heads in three operations.
+
+    ``x * cos + cat(-right, left) * sin`` is ``x * cos + swap(x) * signed_sin``, where swap exchanges the halves and
+    the left half of ``signed_sin`` is negated; sine and cosine are the same for all layers of a step.
+    """
+    cos_T1D, signed_sin_T1D = _signed.of(cos_1TD, sin_1TD)
+    num_tokens, num_heads, width = heads_THD.shape
+    swapped = heads_THD.reshape(num_tokens, num_heads, 2, width // 2).flip(2).view(heads_THD.shape)
+    return torch.addcmul(swapped.mul_(signed_sin_T1D), heads_THD, cos_T1D)
+
+
+class _SignedSine:
+    """Remembers the last step's sine with its sign: the model hands every layer the same two tensors."""
+
+    def __init__(self) -> None:
+        self._cos: Tensor | None = None
+        self._ready: tuple[Tensor, Tensor] | None = None
+
+    def of(self, cos_1TD: Tensor, sin_1TD: Tensor) -> tuple[Tensor, Tensor]:
+        if self._cos is not cos_1TD or self._ready is None:
+            half = sin_1TD.shape[-1] // 2
+            signed = torch.cat((-sin_1TD[0, :, None, :half], sin_1TD[0, :, None, half:]), -1)
+            self._cos, self._ready = cos_1TD, (cos_1TD[0, :, None], signed)
+        return self._ready
+
+
+_signed = _SignedSine()
+
+
+def replace(module: nn.Module) -> nn.Module | None:
+    """By structure: q, k, v and o projections, a scaling, per-head norms or none. What it does is checked after."""
+    children = dict(module.named_children())
+    projections = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    extras = set(children) - projections
+    if not projections <= set(children) or not (extras <= {"q_norm", "k_norm"}) or len(extras) == 1:
+        return None
+    head_dim = getattr(module, "head_dim", None)
+    if not isinstance(head_dim, int) or head_dim % 2 or not isinstance(getattr(module, "scaling", None), float):
+        return None
+    if extras and not all(_is_head_norm(children[name], head_dim) for name in extras):
+        return None
+    fused = fuse([children[name] for name in ("q_proj", "k_proj", "v_proj")])
+    if fused is None or not hasattr(module, bridge.LAYER_ATTRIBUTE):
+        return None
+    query_width, key_width = (int(getattr(children[name], "out_features", 0)) for name in ("q_proj", "k_proj"))
+    if query_width % head_dim or key_width % head_dim or fused.out_features != query_width + 2 * key_width:
+        return None
+    return FusedAttention(fused, children["o_proj"], module, (query_width // head_dim, key_width // head_dim, head_dim))
+
+
+def _is_head_norm(norm: nn.Module, head_dim: int) -> bool:
+    from text_generation_server.model.swaps.norms import FastRMSNorm
+
+    return isinstance(norm, FastRMSNorm) and norm.shape == (head_dim,)

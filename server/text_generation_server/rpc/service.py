@@ -1,0 +1,115 @@
+"""The gRPC service of one shard: hands steps to the engine and its results back; no logic of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+from text_generation_proto.v1 import generate_pb2 as pb
+from text_generation_proto.v1 import generate_pb2_grpc as pb_grpc
+
+from text_generation_server.engine.engine import Engine
+from text_generation_server.engine.memory import DoesNotFit
+from text_generation_server.engine.steps import Step, StepResult
+from text_generation_server.errors import InvalidStep, ShardError
+from text_generation_server.rpc import convert
+
+T = TypeVar("T")
+Context = grpc.aio.ServicerContext
+
+MAX_OUTSTANDING_STEPS = 2
+"""Steps of one stream that are executed or queued; a peer that sends more waits in its flow control."""
+
+
+class TextGenerationService(pb_grpc.TextGenerationServicer):
+    """Serves one engine. All methods run on the event loop, which no step ever blocks."""
+
+    def __init__(self, engine: Engine, info: pb.InfoResponse) -> None:
+        self._engine = engine
+        self._info = info
+        self._started_ns = time.time_ns()
+
+    async def Info(self, request: pb.InfoRequest, context: Context) -> pb.InfoResponse:
+        return self._info
+
+    async def Health(self, request: pb.HealthRequest, context: Context) -> pb.HealthResponse:
+        health = self._engine.health()
+        return pb.HealthResponse(
+            incarnation=self._info.incarnation,
+            epoch=health.epoch,
+            last_step_id=health.last_step_id,
+            last_progress_ns=health.progress_age_ns,
+            num_sequences=health.num_sequences,
+            started_ns=self._started_ns,
+        )
+
+    async def Warmup(self, request: pb.WarmupRequest, context: Context) -> pb.WarmupResponse:
+        limits = convert.warmup_limits_from_proto(request)
+        plan = await _answer(self._engine.warm_up(limits), context)
+        return pb.WarmupResponse(num_blocks=plan.num_blocks, derivation=plan.derivation)
+
+    async def ClearCache(self, request: pb.ClearCacheRequest, context: Context) -> pb.ClearCacheResponse:
+        await _answer(self._engine.clear(request.epoch), context)
+        return pb.ClearCacheResponse()
+
+    async def Steps(self, requests: AsyncIterator[pb.StepRequest], context: Context) -> AsyncIterator[pb.StepResult]:
+        """Results in the order of the requests. A peer that leaves does not stop what is queued; ClearCache does."""
+        outstanding: asyncio.Queue[asyncio.Future[StepResult] | None] = asyncio.Queue(MAX_OUTSTANDING_STEPS - 1)
+
+        async def read() -> None:
+            try:
+                async for request in requests:
+                    await outstanding.put(self._submit(lambda r=request: convert.step_from_proto(r), request))
+            finally:
+                await outstanding.put(None)
+
+        reader = asyncio.create_task(read(), name="read steps")
+        try:
+            while (future := await outstanding.get()) is not None:
+                yield convert.result_to_proto(await future)
+        finally:
+            reader.cancel()
+
+    async def Prefill(self, request: pb.PrefillRequest, context: Context) -> pb.StepResult:
+        return convert.result_to_proto(await self._submit(lambda: convert.step_from_prefill(request), request))
+
+    async def Decode(self, request: pb.DecodeRequest, context: Context) -> pb.StepResult:
+        return convert.result_to_proto(await self._submit(lambda: convert.step_from_decode(request), request))
+
+    def _submit(
+        self, parse: Callable[[], Step], request: pb.StepRequest | pb.PrefillRequest | pb.DecodeRequest
+    ) -> asyncio.Future[StepResult]:
+        """Queue a step now; the future never raises."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[StepResult] = loop.create_future()
+
+        def resolve(result: StepResult) -> None:
+            if not future.done():
+                future.set_result(result)
+
+        def deliver(result: StepResult) -> None:
+            # On the engine thread. The loop may be gone when the process is ending; nobody waits then.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(resolve, result)
+
+        try:
+            step = parse()
+        except InvalidStep as error:
+            # It takes its place in the queue like any other step: it ends its epoch, and results stay in order.
+            self._engine.refuse(request.epoch, request.step_id, error, deliver)
+        else:
+            self._engine.submit(step, deliver)
+        return future
+
+
+async def _answer(future: Future[T], context: Context) -> T:
+    """The engine's answer, or the status for its error."""
+    try:
+        return await asyncio.wrap_future(future)
+    except (ShardError, DoesNotFit) as error:
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))

@@ -1,0 +1,43 @@
+"""A folder with tokenizer.json for the router, which reads no other tokenizer format."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from text_generation_server.config import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def tokenizer_folder(folder: Path, *, trust_remote_code: bool) -> Iterator[Path]:
+    """The model's own folder if it has a tokenizer.json; else a private one with a converted tokenizer, for as long as
+    the context lasts. Raises: ConfigError if transformers cannot convert it."""
+    if (folder / "tokenizer.json").is_file():
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="text-generation-tokenizer-") as name:
+        _convert(folder, Path(name), trust_remote_code=trust_remote_code)
+        yield Path(name)
+
+
+def _convert(folder: Path, target: Path, *, trust_remote_code: bool) -> None:
+    from transformers import AutoTokenizer
+
+    logger.info("no tokenizer.json in the model's folder: converting its tokenizer once")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), use_fast=True, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        tokenizer.save_pretrained(str(target))
+    except Exception as error:  # the library raises whatever its many converters raise
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ConfigError(
+            f"the model has no tokenizer.json, and its tokenizer cannot be converted: {first_line}"
+        ) from error
+    if not (target / "tokenizer.json").is_file():
+        raise ConfigError("the model has no tokenizer.json, and transformers has no fast form of its tokenizer")

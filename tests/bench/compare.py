@@ -1,0 +1,146 @@
+"""Our server and its peers on one machine, one model and the same requests, in one run: ratios, raw numbers, a plot.
+
+    python tests/bench/compare.py --model DIR --peers DIR --servers ours,vllm,transformers --rounds 3 --output docs/
+
+In every round each server is started, warmed up, measured at every concurrency and stopped; only one is alive at a
+time. What is compared are medians over the rounds. `--peers` is the folder that `make_peers.py` wrote.
+"""
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import uvloop
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.load import closed_loop, measure, numbers, prompts_of, send
+from bench.report import Report, WrongLength
+from bench.servers import KINDS, Places, Server, ServerFailed, ServerKind, running, version
+from bench.tables import write_results
+
+WARM_UP_S = 900
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    concurrency: list[int]
+    prompt_tokens: int
+    output_tokens: int
+    rounds: int
+
+
+def hardware() -> dict[str, Any]:
+    cpu_info = Path("/proc/cpuinfo").read_text().splitlines()
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in cpu_info)}
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    return {
+        "cpu": fields.get("model name", platform.processor()),
+        "cores": len(os.sched_getaffinity(0)),
+        "instructions": [flag for flag in wanted if flag in fields.get("flags", "").split()],
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "python": platform.python_version(),
+    }
+
+
+def visit(
+    kind: ServerKind, server: Server, workload: Workload, model: Path, seed: int, started: float
+) -> Iterator[Report]:
+    """Warm a server up and measure it. No prompt comes twice: prefix caches have nothing to reuse."""
+    prompts = prompts_of(model / "tokenizer.json", workload.prompt_tokens, seed)
+    tokens = workload.prompt_tokens, workload.output_tokens
+
+    async def warm_up() -> None:
+        await send(server.url, kind.api, next(prompts), 1, WARM_UP_S)
+        server.first_answer_s = round(time.perf_counter() - started, 2)
+        busiest = max(workload.concurrency)
+        chosen = [next(prompts) for _ in range(busiest)]
+        await closed_loop(
+            chosen, busiest, lambda prompt: send(server.url, kind.api, prompt, workload.output_tokens, WARM_UP_S)
+        )
+
+    uvloop.run(warm_up())
+    for concurrency in workload.concurrency:
+        yield uvloop.run(measure(server.url, kind.api, prompts, concurrency, *tokens))
+
+
+@dataclass(slots=True)
+class Run:
+    """All that was measured, as it goes into the JSON file."""
+
+    workload: Workload
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    starts: list[dict[str, Any]]
+    reports: list[dict[str, Any]]
+    failures: list[str]
+
+
+def run_round(run: Run, name: str, round_number: int, places: Places, port: int) -> None:
+    kind = KINDS[name]
+    # What other programs take from the machine falsifies a row: it is on record beside it.
+    busy_before = psutil.cpu_percent(interval=1)
+    started = time.perf_counter()
+    with running(kind.argv(places, port), port, kind.environment(places)) as server:
+        for report in visit(kind, server, run.workload, places.model, round_number, started):
+            run.reports.append({"server": name, "round": round_number, **asdict(report)})
+            print(f"round {round_number} {name} x{report.concurrency}: {report.tokens_per_s} tokens/s", flush=True)
+        run.starts.append(
+            {
+                "server": name,
+                "round": round_number,
+                "ready_s": server.ready_s,
+                "first_answer_s": server.first_answer_s,
+                "rss_mb": round(sum(process.memory_info().rss for process in server.tree()) / 1e6),
+                "machine_busy_before_percent": busy_before,
+            }
+        )
+
+
+def compare(names: list[str], workload: Workload, places: Places, port: int, output: Path) -> Run:
+    run = Run(workload, {name: version(KINDS[name], places) for name in names}, hardware(), [], [], [])
+    for round_number in range(workload.rounds):
+        # The order turns from round to round, so that none always comes first on a cool machine.
+        shift = round_number % len(names)
+        for name in names[shift:] + names[:shift]:
+            try:
+                run_round(run, name, round_number, places, port)
+            except (ServerFailed, WrongLength) as error:
+                run.failures.append(f"round {round_number}, {name}: {error}")
+                print(run.failures[-1], file=sys.stderr)
+            write_results(asdict(run), output)
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder that make_model.py wrote")
+    parser.add_argument("--peers", type=Path, default=Path("peers"), help="folder that make_peers.py wrote")
+    parser.add_argument("--servers", default=",".join(KINDS), help="which of them, in order")
+    parser.add_argument("--concurrency", type=numbers, default=[1, 8, 32])
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--port", type=int, default=18_200)
+    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder for benchmark-peers.md, .json, .png")
+    arguments = parser.parse_args()
+    workload = Workload(
+        concurrency=arguments.concurrency,
+        prompt_tokens=arguments.prompt_tokens,
+        output_tokens=arguments.output_tokens,
+        rounds=arguments.rounds,
+    )
+    places = Places(model=arguments.model.absolute(), peers=arguments.peers.absolute())
+    run = compare(arguments.servers.split(","), workload, places, arguments.port, arguments.output)
+    sys.exit(1 if run.failures else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""The servers under test: how each is started, when it is ready, and its end with all its children."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.apis import APIS, Api
+
+HOST = "127.0.0.1"
+READY_WITHIN_S = 600
+STOP_WITHIN_S = 30
+
+
+class ServerFailed(Exception):
+    """It did not start, or did not stay; the text ends with its log."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where things are on this machine."""
+
+    model: Path
+    peers: Path
+    """Folder of `make_peers.py`."""
+
+    def command(self, peer: str, name: str) -> str:
+        return str(self.peers / peer / "bin" / name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerKind:
+    """How one server is run. Its settings are the best we found for it, not its defaults where those are worse."""
+
+    argv: Callable[[Places, int], list[str]]
+    python: Callable[[Places], str]
+    """The interpreter whose packages are the server's."""
+    package: str
+    api: Api
+    environment: Callable[[Places], Mapping[str, str]] = lambda places: {}
+
+
+def ours(places: Places, port: int) -> list[str]:
+    launcher = str(Path(sys.executable).with_name("text-generation-launcher"))
+    address = ["--hostname", HOST, "--port", str(port)]
+    return [launcher, "--model-id", str(places.model), "--dtype", "bfloat16", *address]
+
+
+def vllm(places: Places, port: int) -> list[str]:
+    address = ["--host", HOST, "--port", str(port)]
+    model = [str(places.model), "--dtype", "bfloat16", "--max-model-len", "4096"]
+    return [places.command("vllm", "vllm"), "serve", *model, *address, "--disable-uvicorn-access-log"]
+
+
+def vllm_environment(places: Places) -> dict[str, str]:
+    return {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1"}
+
+
+def transformers(places: Places, port: int) -> list[str]:
+    address = ["--host", HOST, "--port", str(port)]
+    model = [str(places.model), "--continuous-batching", "--dtype", "bfloat16", "--device", "cpu"]
+    return [places.command("transformers", "transformers"), "serve", *model, *address]
+
+
+KINDS = {
+    "ours": ServerKind(
+        argv=ours, python=lambda _: sys.executable, package="text-generation-inference", api=APIS["native"]
+    ),
+    "vllm": ServerKind(
+        argv=vllm,
+        python=lambda places: places.command("vllm", "python"),
+        package="vllm",
+        api=APIS["completions"],
+        environment=vllm_environment,
+    ),
+    "transformers": ServerKind(
+        argv=transformers,
+        python=lambda places: places.command("transformers", "python"),
+        package="transformers",
+        api=APIS["transformers"],
+    ),
+}
+"""Room for more: a row here is a column in the table of `compare.py`."""
+
+
+def version(kind: ServerKind, places: Places) -> str:
+    ask = f"from importlib.metadata import version; print(version({kind.package!r}), '/ torch', version('torch'))"
+    answer = subprocess.run([kind.python(places), "-c", ask], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "not installed"
+
+
+@dataclass(slots=True, kw_only=True)
+class Server:
+    process: "subprocess.Popen[bytes]"
+    url: str
+    log: Path
+    ready_s: float
+    """From the start of the process until `/health` answered 200."""
+    first_answer_s: float = 0
+    """From the start of the process until the first request was answered; its sender knows."""
+
+    def tree(self) -> list[psutil.Process]:
+        try:
+            root = psutil.Process(self.process.pid)
+            return [root, *root.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+
+@contextmanager
+def running(
+    argv: list[str], port: int, environment: Mapping[str, str] | None = None, within_s: float = READY_WITHIN_S
+) -> Iterator[Server]:
+    """Start a server, hand it out when it is ready, and leave nothing of it behind."""
+    with tempfile.NamedTemporaryFile(prefix="bench-", suffix=".log", delete=False) as log:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            argv,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})},
+            start_new_session=True,
+        )
+    server = Server(process=process, url=f"http://{HOST}:{port}", log=Path(log.name), ready_s=0)
+    try:
+        wait_until_ready(server, within_s)
+        server.ready_s = round(time.perf_counter() - start, 2)
+        yield server
+    finally:
+        stop(server)
+    server.log.unlink()  # kept after a failure, for a look at all of it
+
+
+def wait_until_ready(server: Server, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            raise ServerFailed(f"exit code {server.process.returncode} before it was ready; {last_words(server)}")
+        with suppress(OSError), urllib.request.urlopen(f"{server.url}/health", timeout=5) as answer:
+            if answer.status == 200:
+                return
+        time.sleep(0.1)
+    raise ServerFailed(f"not ready within {within_s} s; {last_words(server)}")
+
+
+def last_words(server: Server, num_lines: int = 30) -> str:
+    lines = server.log.read_text(errors="replace").splitlines()[-num_lines:]
+    return "\n".join([f"the end of {server.log}:", *lines])
+
+
+def stop(server: Server) -> None:
+    """SIGTERM to the root, which should end its children; SIGKILL to what is left of its tree and its session."""
+    ours = {process.pid: process for process in [*server.tree(), *session_of(server.process.pid)]}
+    with suppress(ProcessLookupError):
+        server.process.terminate()
+    _, left = psutil.wait_procs(list(ours.values()), timeout=STOP_WITHIN_S)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=STOP_WITHIN_S)
+    server.process.wait()
+
+
+def session_of(leader: int) -> Iterator[psutil.Process]:
+    """All processes of the session that `running` opened, also those whose parent is gone."""
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == leader:
+                yield process

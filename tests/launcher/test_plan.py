@@ -1,0 +1,135 @@
+"""Configuration -> argv and environment of every process."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+from text_generation_launcher.config import resolve
+from text_generation_launcher.devices import Devices
+from text_generation_launcher.flags import Dtype, Flags
+from text_generation_launcher.plan import Launch, Plan, make_plan
+
+
+def plan(environ: dict[str, str] | None = None, **flags: Any) -> Plan:
+    launch = Launch(nonce="n0nce", uds_path="/run/x/shard", environ=environ or {})
+    return make_plan(resolve(Flags(**flags), Devices(count=None, card=None)), launch)
+
+
+def after(argv: tuple[str, ...], flag: str) -> str:
+    return argv[argv.index(flag) + 1]
+
+
+def test_one_shard_and_one_router_of_the_embedded_model() -> None:
+    made = plan()
+    assert made.download is None
+    [shard] = made.shards
+    assert shard.argv == (
+        *(sys.executable, "-m", "text_generation_server", "serve", "embedded"),
+        *("--uds-path", "/run/x/shard", "--json-output"),
+    )
+    assert made.router.argv[:3] == (sys.executable, "-m", "text_generation_router")
+    assert after(made.router.argv, "--master-shard-uds-path") == "/run/x/shard-0"
+    assert after(made.router.argv, "--port") == "3000"
+
+
+def test_every_rank_knows_its_place() -> None:
+    shards = plan(num_shard=3, master_port=1234).shards
+    assert [shard.env["RANK"] for shard in shards] == ["0", "1", "2"]
+    assert {shard.env["WORLD_SIZE"] for shard in shards} == {"3"}
+    assert {shard.env["MASTER_PORT"] for shard in shards} == {"1234"}
+    assert {shard.env["MASTER_ADDR"] for shard in shards} == {"localhost"}
+    assert all("--sharded" in shard.argv for shard in shards)
+
+
+def test_only_a_hub_model_is_downloaded() -> None:
+    download = plan(model_id="org/model", revision="main", trust_remote_code=True).download
+    assert download is not None
+    assert download.argv[3:] == (
+        *("download-weights", "org/model", "--revision", "main", "--trust-remote-code", "--json-output"),
+    )
+
+
+def test_a_downloaded_commit_replaces_the_branch() -> None:
+    assert after(plan(model_id="org/model", revision="main").pinned("abc").shards[0].argv, "--revision") == "abc"
+    assert after(plan(model_id="org/model").pinned("abc").shards[0].argv, "--revision") == "abc"
+
+
+def test_flags_reach_the_process_that_they_are_meant_for() -> None:
+    made = plan(
+        dtype=Dtype.BFLOAT16,
+        max_input_length=10,
+        max_total_tokens=20,
+        max_batch_size=4,
+        enable_prefill_logprobs=True,
+        attention="torch",
+        cuda_memory_fraction=0.5,
+        huggingface_hub_cache="/cache",
+        weights_cache_override="/weights",
+        cors_allow_origin=["https://a.example", "https://b.example"],
+        disable_grammar_support=True,
+        waiting_served_ratio=0.3,
+    )
+    [shard] = made.shards
+    assert after(shard.argv, "--dtype") == "bfloat16"
+    assert after(shard.argv, "--max-input-tokens") == after(made.router.argv, "--max-input-tokens") == "10"
+    expected = {
+        "MAX_TOTAL_TOKENS": "20",
+        "MAX_BATCH_SIZE": "4",
+        "REQUEST_LOGPROBS": "1",
+        "ATTENTION": "torch",
+        "CUDA_MEMORY_FRACTION": "0.5",
+        "HUGGINGFACE_HUB_CACHE": "/cache",
+        "WEIGHTS_CACHE_OVERRIDE": "/weights",
+    }
+    assert expected.items() <= shard.env.items()
+    router = " ".join(made.router.argv)
+    assert "--cors-allow-origin https://a.example --cors-allow-origin https://b.example" in router
+    assert "--disable-grammar-support" in router
+    assert "--waiting-served-ratio 0.3" in router
+    assert "--max-waiting-tokens" not in router
+
+
+def test_the_api_key_is_on_no_command_line_and_reaches_the_router_alone() -> None:
+    made = plan({"API_KEY": "hush"}, api_key="hush")
+    assert made.router.env["API_KEY"] == "hush"
+    assert "API_KEY" not in made.shards[0].env
+    assert not any("hush" in word for spec in (*made.shards, made.router) for word in spec.argv)
+
+
+def test_flags_do_not_leak_through_the_environment() -> None:
+    made = plan({"PORT": "1", "TGI_PORT": "2", "MODEL_ID": "x", "HOSTNAME": "pod", "DTYPE": "float16", "HOME": "/root"})
+    for spec in (*made.shards, made.router):
+        assert not {"PORT", "TGI_PORT", "MODEL_ID", "HOSTNAME", "DTYPE"} & spec.env.keys()
+        assert spec.env["HOME"] == "/root"
+
+
+@pytest.mark.parametrize(
+    ("environ", "token"),
+    [
+        ({"HF_TOKEN": "a"}, "a"),
+        ({"HF_TOKEN": "a", "HF_API_TOKEN": "b"}, "b"),
+        ({"HUGGING_FACE_HUB_TOKEN": "c"}, "c"),
+        ({}, None),
+    ],
+)
+def test_the_hub_token_reaches_the_shards_and_not_the_router(environ: dict[str, str], token: str | None) -> None:
+    made = plan(environ)
+    assert made.shards[0].env.get("HF_TOKEN") == token
+    assert not any("TOKEN" in name and name.startswith(("HF", "HUGGING")) for name in made.router.env)
+
+
+def test_shards_and_router_share_this_launchs_nonce() -> None:
+    made = plan()
+    assert {spec.env["TGI_LAUNCHER_NONCE"] for spec in (*made.shards, made.router)} == {"n0nce"}
+    assert {spec.env["TGI_INCARNATION"] for spec in (*made.shards, made.router)} == {"1"}
+
+
+def test_readiness_is_logged_at_every_level() -> None:
+    assert plan({"LOG_LEVEL": "error"}).shards[0].env["LOG_LEVEL"] == "error,text_generation.events=info"
+
+
+def test_a_compute_type_of_the_users_is_kept() -> None:
+    assert plan().router.env["COMPUTE_TYPE"] == "1-cpu"
+    assert plan({"COMPUTE_TYPE": "mine"}).router.env["COMPUTE_TYPE"] == "mine"

@@ -1,0 +1,238 @@
+"""The launcher's life cycle with real processes: who is started, watched, stopped, and in which order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+Start = Callable[..., Any]
+
+SERVE = ["ready", "sleep=600"]
+
+
+def test_it_is_ready_when_the_router_and_all_shards_are(run: Start) -> None:
+    started = run(
+        shards=[["ready=load", "sleep=600"], ["ready=import", "sleep=600"]], router=["ready=connect", "sleep=600"]
+    )
+    line = started.wait_for("READY")
+    assert {"load", "import", "connect", "total"} <= line["fields"].keys()
+    assert sum(message.startswith("Shard ready in") for message in started.messages) == 2
+    started.signal(signal.SIGTERM)
+    assert started.end() == 0
+
+
+@pytest.mark.parametrize(
+    ("actions", "reason"),
+    [
+        pytest.param(["error=no such dtype", "exit=1"], "no such dtype", id="its own error line"),
+        pytest.param(["error=first", "error=last", "exit=1"], "last", id="the last of its error lines"),
+        pytest.param(["raw=Traceback", "raw=ImportError: x", "exit=1"], "ImportError: x", id="a line that is no JSON"),
+        pytest.param(["exit=3"], "exit code 3", id="nothing said"),
+        pytest.param(["exit=0"], "exit code 0", id="an end without an error"),
+        pytest.param(["die=11"], "killed by signal 11", id="a signal"),
+        pytest.param(["die=9"], "killed by signal 9; often it is the system that has run out of memory", id="SIGKILL"),
+    ],
+)
+def test_a_shard_that_dies_while_loading_ends_everything(run: Start, actions: list[str], reason: str) -> None:
+    started = run(shards=[SERVE, actions], router=["sleep=600"])
+    assert started.end() == 1
+    assert started.last_error == f"Shard 1 failed to start: {reason}"
+    assert started.lines[-1]["fields"]["error"] == "ShardCannotStart"
+
+
+def test_a_death_by_signal_and_raw_output_are_told_in_tgis_words(run: Start) -> None:
+    started = run(shards=[["raw=Fatal Python error", "die=6"]], router=["sleep=600"])
+    assert started.end() == 1
+    assert "Shard complete standard error output:\nFatal Python error" in started.messages
+    assert "Shard process was signaled to shutdown with signal 6" in started.messages
+
+
+@pytest.mark.parametrize("actions", [["exit=0"], ["error=CUDA error", "exit=1"], ["die=9"]])
+def test_a_shard_that_dies_at_run_time_ends_everything(run: Start, actions: list[str], tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    started = run(shards=[["ready", f"until={go}", *actions], SERVE], router=SERVE)
+    started.wait_for("READY")
+    go.touch()
+    assert started.end() == 1
+    assert started.last_error.startswith("Shard 0 crashed: ")
+    assert started.lines[-1]["fields"]["error"] == "ShardFailed"
+
+
+def test_a_router_that_dies_ends_everything(run: Start, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    started = run(shards=[SERVE], router=["ready", f"until={go}", "error=Port 80 on 0.0.0.0 is taken", "exit=1"])
+    started.wait_for("READY")
+    go.touch()
+    assert started.end() == 1
+    assert started.last_error == "Webserver Crashed: Port 80 on 0.0.0.0 is taken"
+    assert "Shutting down shards" in started.messages
+
+
+def test_a_router_that_cannot_start_ends_everything_before_the_shards_are_loaded(run: Start) -> None:
+    started = run(shards=[["sleep=600"]], router=["error=Port 80 is taken", "exit=1"])
+    assert started.end() == 1
+    assert started.last_error == "Webserver failed to start: Port 80 is taken"
+
+
+def test_a_router_that_dies_of_a_dead_shard_is_not_blamed(run: Start, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    started = run(shards=[["ready", f"until={go}", "sleep=0.1", "exit=1"]], router=["ready", f"until={go}", "exit=1"])
+    started.wait_for("READY")
+    go.touch()
+    assert started.end() == 1
+    assert started.last_error.startswith("Shard 0 crashed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_stops_the_router_first_and_then_the_shards(
+    run: Start, number: signal.Signals, tmp_path: Path
+) -> None:
+    endings = tmp_path / "endings"
+    shards = [[f"ends=shard@{endings}", *SERVE]] * 2
+    started = run(shards=shards, router=[f"ends-slowly=router@{endings}", *SERVE])
+    started.wait_for("READY")
+    started.signal(number)
+    assert started.end() == 0
+    assert endings.read_text().split() == ["router", "shard", "shard"]
+    texts = [
+        "Terminating webserver",
+        "Waiting for webserver to gracefully shutdown",
+        "webserver terminated",
+        "Shutting down shards",
+        "Terminating shard",
+        "shard terminated",
+    ]
+    assert [started.messages.index(text) for text in texts] == sorted(started.messages.index(text) for text in texts)
+
+
+def test_the_rest_of_the_group_is_killed_at_once_when_a_rank_dies(run: Start, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    started = run(shards=[["ready", f"until={go}", "exit=1"], ["never-ends", *SERVE]], router=SERVE)
+    started.wait_for("READY")
+    began = time.monotonic()
+    go.touch()
+    assert started.end() == 1
+    assert time.monotonic() - began < 4.0
+
+
+def test_a_signal_while_downloading_stops_the_download(run: Start) -> None:
+    started = run(download=["info=downloading", "sleep=600"], shards=[SERVE], router=SERVE)
+    started.wait_for("downloading")
+    started.signal(signal.SIGTERM)
+    assert started.end() == 0
+    assert "download terminated" in started.messages
+
+
+def test_a_signal_while_loading_stops_the_shards(run: Start) -> None:
+    started = run(shards=[["info=loading", "sleep=600"]], router=["sleep=600"])
+    started.wait_for("loading")
+    started.signal(signal.SIGINT)
+    assert started.end() == 0
+
+
+def test_what_outlives_its_grace_is_killed(run: Start) -> None:
+    started = run(shards=[SERVE], router=["sleep=0.3", "never-ends", *SERVE], grace_s=-7.5)
+    started.wait_for("READY")
+    started.signal(signal.SIGTERM)
+    assert started.end() == 0
+    assert "Killing webserver" in started.messages
+    assert "webserver killed" in started.messages
+
+
+def test_a_second_signal_kills_at_once(run: Start) -> None:
+    started = run(shards=[SERVE], router=["never-ends", *SERVE], grace_s=600)
+    started.wait_for("READY")
+    started.signal(signal.SIGTERM)
+    started.wait_for("Waiting for webserver")
+    started.signal(signal.SIGTERM)
+    assert started.end() == 128 + signal.SIGTERM
+
+
+def test_a_failed_download_starts_nothing(run: Start, tmp_path: Path) -> None:
+    started = run(
+        download=["error=no space left", "exit=1"], shards=[[f"pid={tmp_path / 'shard'}", *SERVE]], router=SERVE
+    )
+    assert started.end() == 1
+    assert started.last_error == "Download encountered an error: no space left"
+    assert not (tmp_path / "shard").exists()
+
+
+def test_shards_load_the_commit_that_was_downloaded(run: Start, tmp_path: Path) -> None:
+    file = tmp_path / "argv"
+    started = run(download=["resolved=abc123"], shards=[[f"environment={file}", *SERVE, "--"]], router=SERVE)
+    started.wait_for("READY")
+    assert "--revision\nabc123\n" in file.read_text()
+
+
+@pytest.mark.parametrize("where", ["shard", "router"])
+def test_what_a_child_started_does_not_outlive_it(run: Start, process: Any, where: str, tmp_path: Path) -> None:
+    file = tmp_path / "grandchild"
+    actions = [f"grandchild={file}", "ready", "sleep=600"]
+    started = run(shards=[actions if where == "shard" else SERVE], router=actions if where == "router" else SERVE)
+    started.wait_for("READY")
+    started.signal(signal.SIGTERM)
+    assert started.end() == 0
+    assert process.ends_within(process.pid_in(file), 2.0)
+
+
+@pytest.mark.parametrize("phase", ["downloading", "loading", "serving"])
+def test_children_die_with_a_launcher_that_is_killed(run: Start, process: Any, phase: str, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("download", "shard", "router")]
+    download = [f"pid={files[0]}", "never-ends", "info=started", "sleep=600"] if phase == "downloading" else None
+    ready = ["ready"] if phase == "serving" else []
+    started = run(
+        download=download,
+        shards=[[f"pid={files[1]}", "never-ends", "info=started", *ready, "sleep=600"]],
+        router=[f"pid={files[2]}", "never-ends", *ready, "sleep=600"],
+    )
+    started.wait_for("READY" if phase == "serving" else "started")
+    pids = [process.pid_in(file) for file in (files[:1] if phase == "downloading" else files[1:])]
+    started.signal(signal.SIGKILL)
+    assert [process.ends_within(pid, 5.0) for pid in pids] == [True] * len(pids)
+
+
+def test_ctrl_c_of_a_terminal_reaches_the_launcher_alone(run: Start, process: Any, tmp_path: Path) -> None:
+    file = tmp_path / "shard"
+    started = run(shards=[[f"pid={file}", *SERVE]], router=SERVE)
+    started.wait_for("READY")
+    pid = process.pid_in(file)
+    assert os.getsid(pid) == os.getpgid(pid) == pid
+
+
+def test_a_line_that_is_no_json_is_passed_on(run: Start) -> None:
+    started = run(shards=[["out=plain text", 'raw={"no": "message"}', *SERVE]], router=SERVE)
+    started.wait_for("READY")
+    lines = {line["fields"]["message"]: line for line in started.lines if "fields" in line}
+    assert lines["plain text"]["level"] == lines['{"no": "message"}']["level"] == "INFO"
+    assert lines["plain text"]["span"] == {"rank": 0, "name": "shard-manager"}
+
+
+def test_a_log_that_nobody_reads_does_not_stop_the_children(run: Start, tmp_path: Path) -> None:
+    done = tmp_path / "done"
+    started = run(shards=[["flood=20000", f"pid={done}", *SERVE]], router=SERVE)
+    deadline = time.monotonic() + 60
+    while not done.exists():
+        assert time.monotonic() < deadline, "the shard is blocked by the launcher's full pipe"
+        time.sleep(0.05)
+    started.signal(signal.SIGTERM)
+    assert started.process.wait(timeout=20) == 0
+
+
+def test_waiting_takes_no_cpu_time(run: Start) -> None:
+    started = run(shards=[SERVE], router=SERVE)
+    started.wait_for("READY")
+    launcher = psutil.Process(started.process.pid)
+    time.sleep(0.3)
+    before = launcher.cpu_times()
+    switches = launcher.num_ctx_switches().voluntary
+    time.sleep(1.0)
+    after = launcher.cpu_times()
+    assert after.user + after.system - before.user - before.system <= 0.01
+    assert launcher.num_ctx_switches().voluntary - switches <= 5

@@ -1,0 +1,120 @@
+"""The smallest continuous batching loop: what an engine does with a model runner, without anything around it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from text_generation_server.engine.inputs import ForwardInputs
+
+
+class Runner(Protocol):
+    def allocate_kv_cache(self, num_blocks: int) -> None: ...
+
+    def forward(self, inputs: ForwardInputs) -> Tensor: ...
+
+
+@dataclass(slots=True)
+class Stream:
+    prompt_ids: list[int]
+    arrives_at: int
+    output_ids: list[int] = field(default_factory=list)
+    block_table: list[int] = field(default_factory=list)
+    num_cached: int = 0
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt_ids + self.output_ids
+
+
+def greedy(
+    runner: Runner,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    eos_ids: Sequence[int] = (),
+    block_size: int = 16,
+    chunk_tokens: int = 1 << 30,
+    arrive_within: int = 0,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Greedy tokens of each prompt, all run together; prompts arrive at random in the first ``arrive_within`` steps.
+
+    Blocks are handed out in random order. A prompt is prefilled in chunks of at most ``chunk_tokens``.
+    """
+    rng = random.Random(seed)
+    streams = [Stream(list(prompt), rng.randint(0, arrive_within)) for prompt in prompts]
+    num_blocks = sum(-(-(len(s.prompt_ids) + max_new_tokens) // block_size) for s in streams)
+    runner.allocate_kv_cache(num_blocks)
+    free = list(range(1, num_blocks + 1))
+    rng.shuffle(free)
+    running = list(streams)
+    step = 0
+    while running:
+        ready = [stream for stream in running if stream.arrives_at <= step]
+        step += 1
+        if not ready:
+            continue
+        rows = [(stream, min(len(stream.ids) - stream.num_cached, chunk_tokens)) for stream in ready]
+        rows.sort(key=lambda row: not (row[1] == 1 and row[0].num_cached > 0))  # decode rows first
+        for stream, count in rows:
+            while len(stream.block_table) * block_size < stream.num_cached + count:
+                stream.block_table.append(free.pop())
+        logits = runner.forward(_inputs(rows, block_size))
+        for (stream, count), row in zip(rows, logits, strict=True):
+            stream.num_cached += count
+            if stream.num_cached == len(stream.ids):
+                stream.output_ids.append(int(row.argmax()))
+                if stream.output_ids[-1] in eos_ids or len(stream.output_ids) == max_new_tokens:
+                    running.remove(stream)
+                    free.extend(stream.block_table)
+    return [stream.output_ids for stream in streams]
+
+
+def _inputs(rows: list[tuple[Stream, int]], block_size: int) -> ForwardInputs:
+    ids, positions, slots, last = [], [], [], []
+    for stream, count in rows:
+        for position in range(stream.num_cached, stream.num_cached + count):
+            ids.append(stream.ids[position])
+            positions.append(position)
+            slots.append(stream.block_table[position // block_size] * block_size + position % block_size)
+        last.append(len(ids) - 1)
+    return ForwardInputs(
+        input_ids_T=torch.tensor(ids),
+        position_ids_T=torch.tensor(positions),
+        slots_T=torch.tensor(slots),
+        num_decode_rows=sum(count == 1 and stream.num_cached > 0 for stream, count in rows),
+        query_lens=[count for _, count in rows],
+        context_lens=[stream.num_cached + count for stream, count in rows],
+        block_tables=[list(stream.block_table) for stream, _ in rows],
+        logits_indices_L=torch.tensor(last),
+    )
+
+
+def generate_one_by_one(
+    model: torch.nn.Module, prompts: Sequence[list[int]], *, max_new_tokens: int, eos_ids: Sequence[int] = ()
+) -> list[list[int]]:
+    """The library's own greedy ``generate()``, each prompt alone: what every other way must equal."""
+    outputs = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        full = model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(eos_ids) or None,
+            pad_token_id=0,
+        )
+        outputs.append(full[0, len(prompt) :].tolist())
+    return outputs
+
+
+def random_prompts(count: int, *, longest: int, vocab_size: int = 250, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(10, vocab_size) for _ in range(rng.randint(2, longest))] for _ in range(count)]

@@ -1,0 +1,196 @@
+"""The whole HTTP side of the router in front of a batcher that follows a script instead of running a model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import httpx2
+from builders import byte_tokenizer
+from starlette.types import ASGIApp
+from text_generation_router.api.generate import GenerateRoutes
+from text_generation_router.api.schemas import Info
+from text_generation_router.api.service import ServiceRoutes
+from text_generation_router.app import Access, build_app
+from text_generation_router.config import Limits
+from text_generation_router.draining import Drain
+from text_generation_router.inference import Inference
+from text_generation_router.listening import HttpServer, bind
+from text_generation_router.metrics import Metrics
+from text_generation_router.scheduling.batcher import Batcher
+from text_generation_router.scheduling.requests import (
+    Finished,
+    FinishReason,
+    QueuedRequest,
+    RequestTimings,
+    Token,
+    TokenEvent,
+)
+from text_generation_router.tokenizer import RouterTokenizer
+
+EOS = Token(256, "</s>", -0.25, special=True)
+
+Script = Callable[[QueuedRequest], None]
+
+
+def limits(**changes: Any) -> Limits:
+    defaults: dict[str, Any] = {
+        "max_best_of": 2,
+        "max_stop_sequences": 4,
+        "max_top_n_tokens": 5,
+        "max_input_tokens": 100,
+        "max_total_tokens": 120,
+        "vocab_size": 512,
+        "disable_grammar_support": False,
+        "prefill_logprobs": True,
+    }
+    return Limits(**{**defaults, **changes})
+
+
+def finished(text: str, num_tokens: int, queued: QueuedRequest, reason: FinishReason = FinishReason.LENGTH) -> Finished:
+    sampling = queued.request.sampling
+    return Finished(
+        generated_text=text,
+        finish_reason=reason,
+        generated_tokens=num_tokens,
+        seed=sampling.seed if sampling.do_sample else None,
+        input_length=queued.num_prompt_tokens,
+        timings=RequestTimings(validation_s=0.001, queue_s=0.002, inference_s=0.3, total_s=0.303),
+    )
+
+
+def say(queued: QueuedRequest, *words: str, end: bool = True) -> None:
+    """Put one token for each word; the last one ends the generation unless told otherwise."""
+    first = len(queued.output_ids)
+    for index, word in enumerate(words, first + 1):
+        queued.output_ids.append(index)
+        top_n = queued.request.top_n_tokens
+        top = [Token(1000 + i, f"top{i}", -1.5 - i, special=False) for i in range(top_n)] if top_n else None
+        event = TokenEvent(index, Token(index, word, -0.5 * index, special=False), top)
+        if end and index == first + len(words):
+            event.finished = finished("".join(words), index, queued)
+        queued.stream.put(event)
+    if end:
+        queued.stream.close()
+
+
+def hello(queued: QueuedRequest) -> None:
+    """The default script."""
+    say(queued, "Hel", "lo", " wörld")
+
+
+def silence(queued: QueuedRequest) -> None:
+    """A request that waits, or computes, for ever."""
+
+
+@dataclass
+class ScriptedBatcher:
+    """Stands in for `Batcher`."""
+
+    script: Script = hello
+    is_ready: bool = True
+    running: list[QueuedRequest] = field(default_factory=list)
+    """Every request that was enqueued and not cancelled; `Generation` cancels all of them when it is left."""
+    seen: list[QueuedRequest] = field(default_factory=list)
+
+    def enqueue(self, queued: QueuedRequest) -> None:
+        self.running.append(queued)
+        self.seen.append(queued)
+        self.script(queued)
+
+    def cancel(self, queued: QueuedRequest) -> None:
+        if queued in self.running:
+            self.running.remove(queued)
+
+    def ready(self) -> bool:
+        return self.is_ready
+
+
+@dataclass
+class Router:
+    app: ASGIApp
+    batcher: ScriptedBatcher
+    inference: Inference
+    metrics: Metrics
+    drain: Drain
+    client: httpx2.AsyncClient
+
+    @property
+    def permits_taken(self) -> int:
+        return self.inference.permits.num_taken
+
+    async def idle(self) -> None:
+        """Wait until nothing is left of the requests so far."""
+        async with asyncio.timeout(5):
+            while self.batcher.running or self.permits_taken or self.drain.num_active:  # noqa: ASYNC110  # what it watches sets no event
+                await asyncio.sleep(0.002)
+
+
+def info(**changes: Any) -> Info:
+    defaults: dict[str, Any] = {
+        "model_id": "test/model",
+        "model_sha": None,
+        "model_pipeline_tag": None,
+        "max_concurrent_requests": 128,
+        "max_best_of": 2,
+        "max_stop_sequences": 4,
+        "max_input_tokens": 100,
+        "max_total_tokens": 120,
+        "validation_workers": 2,
+        "max_client_batch_size": 4,
+        "router": "text-generation-router",
+        "version": "4.0.0",
+        "sha": None,
+        "docker_label": None,
+    }
+    return Info(**{**defaults, **changes})
+
+
+@asynccontextmanager
+async def running(
+    *,
+    script: Script = hello,
+    max_concurrent_requests: int = 128,
+    api_key: str | None = None,
+    origins: tuple[str, ...] = (),
+    payload_limit: int = 2_000_000,
+    full_text_by_default: bool = True,
+    over_socket: bool = False,
+    **limit_changes: Any,
+) -> AsyncIterator[Router]:
+    """A router and a client of it: in process, or ``over_socket`` through uvicorn."""
+    the_limits = limits(**limit_changes)
+    metrics = Metrics(max_input_tokens=the_limits.max_input_tokens, max_total_tokens=the_limits.max_total_tokens)
+    tokenizer = RouterTokenizer(byte_tokenizer(), vocab_size=the_limits.vocab_size, num_workers=2)
+    batcher = ScriptedBatcher(script)
+    inference = Inference(cast("Batcher", batcher), tokenizer, the_limits, metrics, max_concurrent_requests)
+    generate = GenerateRoutes(
+        inference,
+        metrics,
+        payload_limit=payload_limit,
+        compute_type="cpu",
+        full_text_by_default=full_text_by_default,
+    )
+    service = ServiceRoutes(tokenizer, inference, metrics, info(), payload_limit=payload_limit)
+    drain = Drain()
+    app = build_app(generate, service, Access(drain=drain, api_key=api_key, cors_allow_origin=origins))
+    if over_socket:
+        sock = bind("127.0.0.1", 0)
+        server = HttpServer(app, sock)
+        await server.listen()
+        host, port = sock.getsockname()
+        limits_of_client = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+        client = httpx2.AsyncClient(base_url=f"http://{host}:{port}", limits=limits_of_client, timeout=10)
+    else:
+        transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
+        client = httpx2.AsyncClient(transport=transport, base_url="http://router")
+    try:
+        async with client:
+            yield Router(app, batcher, inference, metrics, drain, client)
+    finally:
+        if over_socket:
+            await server.close()
+        tokenizer.close()

@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import math
+import threading
+import time
+from array import array
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from engine_driver import GREEDY, NUM_BLOCKS, Driver, driven, new, oracle_tokens, prompt, prompt_logprobs
+from fake_runner import CRASH_TOKEN, MEMORY_TOKEN, NAN_TOKEN, FakeRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from text_generation_server.engine import executor
+from text_generation_server.engine.memory import WarmupLimits
+from text_generation_server.engine.steps import BlockAddition, Chunk, NewSequence, Step
+from text_generation_server.errors import StaleEpoch
+from text_generation_server.generation.parameters import SamplingParameters
+
+SEEDED = SamplingParameters(do_sample=True, temperature=0.9, top_p=0.9, seed=11, repetition_penalty=1.2)
+
+
+@pytest.fixture(params=[False, True], ids=["in turn", "one step ahead"])
+def driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
+    with driven(run_ahead=request.param) as made:
+        yield made
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "sampled"])
+def test_sequences_generate_what_each_would_alone(driver: Driver, sampling: SamplingParameters) -> None:
+    prompts = {1: prompt(1, 9), 2: prompt(2, 3), 3: prompt(3, 5)}
+    futures = [
+        driver.submit(
+            add=[new(1, prompts[1], sampling=sampling), new(2, prompts[2], sampling=sampling)],
+            chunks=[(1, 4), (2, 3)],
+        ),
+        driver.submit(chunks=[(1, 5)], decodes=[2]),
+        driver.submit(add=[new(3, prompts[3], sampling=sampling)], chunks=[(3, 5)], decodes=[1, 2]),
+        driver.submit(decodes=[3, 1]),
+        driver.submit(decodes=[1, 2, 3]),
+        driver.submit(decodes=[1, 2, 3]),
+    ]
+    for future in futures:
+        driver.read(future)
+    assert {sequence_id: len(ids) for sequence_id, ids in driver.outputs.items()} == {1: 5, 2: 5, 3: 4}
+    for sequence_id, ids in driver.outputs.items():
+        assert ids == oracle_tokens(prompts[sequence_id], len(ids), sampling)
+
+
+def test_a_resumed_sequence_goes_on_as_if_nothing_had_happened(driver: Driver) -> None:
+    token_ids = prompt(1, 6)
+    expected = oracle_tokens(token_ids, 6, SEEDED)
+    resumed = new(1, [*token_ids, *expected[:3]], num_prompt_tokens=6, sampling=SEEDED)
+    result = driver.submit(add=[resumed], chunks=[(1, 9)]).result(10)
+    assert (result.generations[0].first_output_index, result.generations[0].token_ids) == (3, expected[3:4])
+    result = driver.submit(decodes=[1]).result(10)
+    assert (result.generations[0].first_output_index, result.generations[0].token_ids) == (4, expected[4:5])
+
+
+def test_cached_tokens_are_read_from_their_blocks(driver: Driver) -> None:
+    token_ids = prompt(1, 10)
+    driver.read(driver.submit(add=[new(1, token_ids)], chunks=[(1, 10)]))
+    shared = new(2, token_ids, blocks=[9, 10, 30], num_cached_tokens=8)  # 9, 10: the first blocks of sequence 1
+    driver.read(driver.submit(add=[shared], chunks=[(2, 2)], drops=[1]))
+    assert driver.outputs[2] == driver.outputs[1]
+
+
+def test_blocks_are_added_as_a_sequence_grows(driver: Driver) -> None:
+    token_ids = prompt(1, 6)
+    driver.read(driver.submit(add=[new(1, token_ids, blocks=[5])], chunks=[Chunk(1, 6, [7])]))
+    driver.read(driver.submit(decodes=[1]))
+    driver.read(driver.submit(decodes=[1]))
+    driver.step_id += 1
+    grown = Step(0, driver.step_id, decodes=[1], additions=[BlockAddition(1, [3])])
+    driver.read(driver.submit_step(grown))
+    assert driver.outputs[1] == oracle_tokens(token_ids, 4)
+
+
+def test_top_tokens_come_with_each_token(driver: Driver) -> None:
+    result = driver.read(driver.submit(add=[new(1, prompt(1, 4), top_n_tokens=3)], chunks=[(1, 4)]))
+    (generation,) = result.generations
+    (top,) = generation.top_tokens
+    assert top.ids[0] == generation.token_ids[0]
+    assert top.logprobs[0] == pytest.approx(generation.logprobs[0])
+    assert len(top.ids) == 3
+
+
+@pytest.mark.parametrize("chunks", [[13], [5, 8], [1, 1, 11], [12, 1]])
+def test_prompt_logprobs_are_right_across_chunks(
+    driver: Driver, chunks: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor, "MAX_PROMPT_LOGITS_ROWS", 4)  # so that passes are split as well
+    token_ids = prompt(1, 13)
+    driver.read(driver.submit(add=[new(2, prompt(2, 4))], chunks=[(2, 4)]))
+    futures = [
+        driver.submit(
+            add=[] if index else [new(1, token_ids, prefill_logprobs=True)], chunks=[(1, size)], decodes=[2]
+        )
+        for index, size in enumerate(chunks)
+    ]
+    found: list[float] = []
+    for future in futures:
+        for generation in driver.read(future).generations:
+            if generation.prefill is not None:
+                assert generation.prefill.first_position == len(found)
+                found += generation.prefill.logprobs
+    assert math.isnan(found[0])
+    assert found[1:] == pytest.approx(prompt_logprobs(token_ids), abs=1e-5)
+    assert driver.outputs[1] == oracle_tokens(token_ids, 1)
+    assert driver.outputs[2] == oracle_tokens(prompt(2, 4), 1 + len(chunks))
+    assert max(len(inputs.logits_indices_L) for inputs in driver.runner.forwards) <= 5
+
+
+def test_a_long_prompt_with_a_resumed_tail_reports_prompt_positions_only(driver: Driver) -> None:
+    token_ids = prompt(1, 9)
+    resumed = new(1, token_ids, num_prompt_tokens=6, prefill_logprobs=True)
+    generation = driver.submit(add=[resumed], chunks=[(1, 9)]).result(10).generations[0]
+    assert generation.prefill is not None
+    assert generation.prefill.logprobs[1:] == pytest.approx(prompt_logprobs(token_ids[:6]), abs=1e-5)
+    assert generation.first_output_index == 3
+
+
+def test_a_sequence_whose_logits_are_not_finite_fails_alone(driver: Driver) -> None:
+    poisoned = [*prompt(1, 5), NAN_TOKEN]
+    futures = [
+        driver.submit(add=[new(1, poisoned), new(2, prompt(2, 6))], chunks=[(1, 6), (2, 6)]),
+        driver.submit(decodes=[1, 2]),  # sent before the failure is known
+        driver.submit(decodes=[2], drops=[1]),
+    ]
+    results = [driver.read(future) for future in futures]
+    assert list(results[0].sequence_failures) == [1]
+    assert [g.sequence_id for result in results for g in result.generations] == [2, 2, 2]
+    assert driver.outputs[2] == oracle_tokens(prompt(2, 6), 3)
+    assert set(range(9, 17)) <= set(driver.runner.zeroed), "its blocks may be handed out again"
+    assert not set(driver.runner.zeroed) & set(range(17, 25))
+    driver.read(driver.submit(add=[new(1, prompt(1, 4))], chunks=[(1, 4)]))
+    assert driver.outputs[1] == oracle_tokens(prompt(1, 4), 1)
+
+
+@pytest.mark.parametrize(
+    ("token", "out_of_memory", "text"), [(MEMORY_TOKEN, True, "allocate"), (CRASH_TOKEN, False, "the model is broken")]
+)
+def test_a_failed_step_ends_its_epoch_and_a_new_one_begins_clean(
+    driver: Driver, token: int, out_of_memory: bool, text: str
+) -> None:
+    driver.read(driver.submit(add=[new(1, prompt(1, 4))], chunks=[(1, 4)]))
+    failing = driver.submit(add=[new(2, [5, token])], chunks=[(2, 2)], decodes=[1])
+    behind = driver.submit(decodes=[1])
+    failure = failing.result(10).failure
+    assert failure is not None and failure.out_of_memory is out_of_memory and text in failure.message
+    assert "ended with a failed step" in getattr(behind.result(10).failure, "message", "")
+    assert driver.engine.health().num_sequences == 0
+    driver.clear()
+    driver.read(driver.submit(add=[new(1, prompt(1, 4))], chunks=[(1, 4)]))
+    assert driver.outputs[1] == oracle_tokens(prompt(1, 4), 1)
+
+
+def test_steps_of_another_epoch_are_refused_and_do_no_harm(driver: Driver) -> None:
+    driver.clear()
+    driver.read(driver.submit(add=[new(1, prompt(1, 4))], chunks=[(1, 4)]))
+    for epoch in (0, 2, 2**63):
+        failure = driver.submit_step(Step(epoch, 2, decodes=[1])).result(10).failure
+        assert failure is not None and "epoch" in failure.message
+    driver.read(driver.submit(decodes=[1]))
+    with pytest.raises(StaleEpoch):
+        driver.engine.clear(1).result(10)
+    driver.read(driver.submit(decodes=[1]))
+    assert driver.outputs[1] == oracle_tokens(prompt(1, 4), 3)
+
+
+def test_steps_queued_before_a_reset_are_not_executed() -> None:
+    runner = FakeRunner()
+    with driven(runner=runner) as driver:
+        runner.gate = threading.Event()
+        running = driver.submit(add=[new(1, prompt(1, 4))], chunks=[(1, 4)])
+        queued = driver.submit(decodes=[1])
+        while not runner.forwards:
+            time.sleep(0.001)
+        cleared = driver.engine.clear(1)
+        runner.gate.set()
+        assert running.result(10).failure is None
+        assert queued.result(10).failure is not None
+        cleared.result(10)
+        assert len(runner.forwards) == 1
+
+
+STARTED = [new(1, prompt(1, 6)), new(2, prompt(2, 6))]
+
+
+@pytest.mark.parametrize(
+    ("step", "text"),
+    [
+        (Step(0, 2, decodes=[9]), "unknown sequence 9"),
+        (Step(0, 2, decodes=[2]), "not computed yet"),
+        (Step(0, 2, decodes=[1, 1]), "twice"),
+        (Step(0, 2, decodes=[1], chunks=[Chunk(1, 1)]), "two rows"),
+        (Step(0, 2, chunks=[Chunk(2, 3), Chunk(2, 3)]), "two rows"),
+        (Step(0, 2, chunks=[Chunk(1, 1)]), "a chunk of 1 tokens"),
+        (Step(0, 2, chunks=[Chunk(2, 0)]), "a chunk of 0 tokens"),
+        (Step(0, 2, chunks=[Chunk(2, 2**32 - 1)]), "a chunk of"),
+        (Step(0, 2, chunks=[Chunk(2, 1, [0])]), "block ids"),
+        (Step(0, 2, additions=[BlockAddition(1, [NUM_BLOCKS + 1])]), "block ids"),
+        (Step(0, 2, additions=[BlockAddition(1, [1] * NUM_BLOCKS)]), "more blocks"),
+        (Step(0, 2, additions=[BlockAddition(7, [1])]), "unknown sequence 7"),
+        (Step(0, 2, new_sequences=[new(1, [1])]), "exists already"),
+        (Step(0, 2, new_sequences=[new(3, [1, 64])]), "token ids"),
+        (Step(0, 2, new_sequences=[new(3, [])]), "num_prompt_tokens"),
+        (Step(0, 2, new_sequences=[new(3, [1], num_prompt_tokens=2)]), "num_prompt_tokens"),
+        (Step(0, 2, new_sequences=[new(3, [1, 2], num_cached_tokens=2)]), "nothing left"),
+        (Step(0, 2, new_sequences=[new(3, [1, 2], blocks=[], num_cached_tokens=1)]), "do not fit"),
+        (Step(0, 2, new_sequences=[new(3, [1], top_n_tokens=65)]), "top_n_tokens"),
+        (Step(0, 2, new_sequences=[new(3, [1, 2], blocks=[])], chunks=[Chunk(3, 2)]), "do not fit"),
+        (Step(0, 3), "step 3 arrived where 2 was due"),
+    ],
+)
+def test_a_step_against_the_contract_fails_with_a_reason(driver: Driver, step: Step, text: str) -> None:
+    driver.read(driver.submit(add=STARTED, chunks=[(1, 6), (2, 3)]))
+    result = driver.submit_step(step).result(10)
+    assert result.failure is not None and text in result.failure.message
+    assert not result.failure.out_of_memory
+    assert driver.submit_step(Step(0, 3)).result(10).failure is not None
+    driver.clear()
+    driver.read(driver.submit(add=[new(1, prompt(1, 4))], chunks=[(1, 4)]))
+
+
+def test_positions_beyond_the_model_are_refused() -> None:
+    with driven(runner=FakeRunner(max_positions=6)) as driver:
+        result = driver.submit(add=[new(1, prompt(1, 7))], chunks=[(1, 7)]).result(10)
+        assert result.failure is not None and "6 positions" in result.failure.message
+
+
+def test_a_step_before_warmup_is_refused_and_a_second_warmup_changes_nothing(driver: Driver) -> None:
+    driver.read(driver.submit(add=[new(1, prompt(1, 4))], chunks=[(1, 4)]))
+    assert driver.engine.warm_up(WarmupLimits()).result(10).num_blocks == NUM_BLOCKS
+    driver.read(driver.submit(decodes=[1]))
+    assert driver.outputs[1] == oracle_tokens(prompt(1, 4), 2)
+
+
+U = st.integers(0, 3) | st.sampled_from([60, 2**31, 2**32 - 1])
+BLOCKS = st.lists(U | st.integers(1, NUM_BLOCKS), max_size=4)
+FUZZED_STEP = st.builds(
+    Step,
+    epoch=st.just(0),
+    step_id=st.just(1),
+    drops=st.lists(U, max_size=2),
+    new_sequences=st.lists(
+        st.builds(
+            NewSequence,
+            U,
+            st.lists(st.integers(0, 59) | U, max_size=6).map(lambda ids: array("q", ids)),
+            U,
+            BLOCKS,
+            U,
+            st.just(SEEDED),
+            U,
+            st.booleans(),
+        ),
+        max_size=2,
+    ),
+    chunks=st.lists(st.builds(Chunk, U, U | st.integers(1, 6), BLOCKS), max_size=3),
+    decodes=st.lists(U, max_size=3),
+    additions=st.lists(st.builds(BlockAddition, U, BLOCKS), max_size=2),
+)
+
+
+@pytest.fixture(scope="module")
+def shared_driver() -> Iterator[Driver]:
+    with driven() as made:
+        yield made
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(FUZZED_STEP, min_size=1, max_size=4))
+def test_wild_steps_fail_as_steps_and_the_engine_lives(shared_driver: Driver, steps: list[Step]) -> None:
+    driver = shared_driver
+    driver.clear()
+    driver.submit(add=[new(1, prompt(1, 6)), new(2, prompt(2, 6))], chunks=[(1, 6), (2, 2)]).result(10)
+    for step in steps:
+        driver.step_id += 1
+        wild = Step(
+            driver.epoch, driver.step_id, step.drops, step.new_sequences, step.chunks, step.decodes, step.additions
+        )
+        result = driver.submit_step(wild).result(10)
+        if result.failure is not None:
+            assert "Error" not in result.failure.message, "every refusal is one we foresaw"
+            break
+    driver.clear()
+    driver.read(driver.submit(add=[new(3, prompt(3, 5))], chunks=[(3, 5)]))
+    assert driver.outputs[3] == oracle_tokens(prompt(3, 5), 1)
+
+
+def test_health_tells_idle_from_a_step_that_hangs() -> None:
+    runner = FakeRunner()
+    with driven(runner=runner) as driver:
+        assert driver.engine.health().progress_age_ns == 0
+        runner.gate = threading.Event()
+        future = driver.submit(add=[new(1, prompt(1, 4))], chunks=[(1, 4)])
+        while not runner.forwards:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        assert driver.engine.health().progress_age_ns > 40_000_000
+        runner.gate.set()
+        timings = driver.read(future).timings
+        assert timings.forward_ns >= 40_000_000 and timings.total_ns >= timings.forward_ns
+        assert timings.num_prefill_tokens == 4
+        time.sleep(0.02)
+        idle = driver.read(driver.submit(decodes=[1])).timings
+        assert idle.idle_ns >= 15_000_000 and idle.num_decode_rows == 1
+        health = driver.engine.health()
+        assert (health.progress_age_ns, health.last_step_id, health.num_sequences) == (0, 2, 1)
+
+
+def test_an_idle_engine_takes_no_processor_time() -> None:
+    with driven() as driver:
+        driver.read(driver.submit(add=[new(1, prompt(1, 4))], chunks=[(1, 4)]))
+        time.sleep(0.05)
+        before = psutil.Process().cpu_times()
+        time.sleep(0.5)
+        after = psutil.Process().cpu_times()
+        assert (after.user + after.system) - (before.user + before.system) < 0.1
