@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from text_generation_launcher import environment, launch
+from text_generation_launcher import environment
 from text_generation_launcher.flags import Flags
 from text_generation_launcher.report import version
 
@@ -39,6 +39,8 @@ def _print_version(asked: bool) -> None:
 
 
 def command(context: typer.Context, version: bool, **flags: Any) -> None:
+    from text_generation_launcher import launch  # asyncio and what hangs on it: --help needs none
+
     raise typer.Exit(launch.launch(Flags(**flags), dict(os.environ), context.obj or []))
 
 

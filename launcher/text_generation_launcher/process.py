@@ -106,6 +106,8 @@ class Child(asyncio.SubprocessProtocol):
     def _finish(self) -> None:
         assert self._transport is not None
         if not self.exited.done():
+            for fd in list(self._partial):
+                self.pipe_connection_lost(fd, None)
             self._sink.end_progress(self.spec.span)
             self.exited.set_result(self._transport.get_returncode() or 0)
             self._transport.close()

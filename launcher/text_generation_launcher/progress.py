@@ -26,6 +26,7 @@ class Progress:
     """A child's progress event."""
 
     stage: str
+    """``load weights``, or ``download model.safetensors``."""
     done: float
     total: float | None
     """None or 0 when unknown."""
@@ -35,14 +36,18 @@ class Progress:
     def finished(self) -> bool:
         return bool(self.total) and self.done >= (self.total or 0)
 
+    @property
+    def title(self) -> str:
+        return self.stage[:1].upper() + self.stage[1:]
+
     def __str__(self) -> str:
         total = f" of {amount(self.total, self.unit)} ({self.done / self.total:.0%})" if self.total else ""
-        return f"{self.stage.capitalize()}: {amount(self.done, self.unit)}{total}"
+        return f"{self.title}: {amount(self.done, self.unit)}{total}"
 
     def ended(self, seconds: float) -> str:
         """The plain line that remains of a stage."""
         spent = f" in {seconds:.1f} s" if seconds >= 0.05 else ""
-        return f"{self.stage.capitalize()}: {amount(self.done, self.unit)}{spent}"
+        return f"{self.title}: {amount(self.done, self.unit)}{spent}"
 
 
 def parse_progress(fields: Mapping[str, Any]) -> Progress | None:
@@ -50,7 +55,9 @@ def parse_progress(fields: Mapping[str, Any]) -> Progress | None:
     done, total = fields.get("done"), fields.get("total")
     if not isinstance(done, int | float) or not isinstance(total, int | float | None):
         return None
-    return Progress(str(fields.get("stage", "progress")), done, total, str(fields.get("unit", "")))
+    # Files are downloaded side by side: each has its own bar.
+    stage = " ".join(str(fields[name]) for name in ("stage", "file") if fields.get(name))
+    return Progress(stage or "progress", done, total, str(fields.get("unit", "")))
 
 
 def amount(number: float, unit: str) -> str:
@@ -124,7 +131,7 @@ class Bars:
         total = progress.total or None
         if key not in self._bars:
             rank = f" {span['rank']}" if span and "rank" in span else ""
-            task = rich.add_task(progress.stage.capitalize() + rank, total=total, info="")
+            task = rich.add_task(progress.title + rank, total=total, info="")
             self._bars[key] = (task, self._clock())
         rich.update(self._bars[key][0], completed=progress.done, total=total, info=_info(progress))
 

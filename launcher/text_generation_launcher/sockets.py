@@ -77,9 +77,9 @@ def _private_folder() -> Path:
             folder.rmdir()
             folder = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))
     except OSError as error:
-        where = error.filename or tempfile.gettempdir()
+        where = f"{error.filename}: " if error.filename else ""
         raise CannotListen(
-            f"Cannot make a folder for the shards' sockets ({where}: {error.strerror}): set TMPDIR or --shard-uds-path"
+            f"Cannot make a folder for the shards' sockets ({where}{error.strerror}): set TMPDIR or --shard-uds-path"
         ) from None
     return folder
 

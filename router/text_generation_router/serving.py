@@ -94,12 +94,14 @@ async def serve(flags: RouterFlags, shutdown: Shutdown | None = None) -> int:
         shutdown.install()
     drain = Drain()
     async with AsyncExitStack() as stack:
-        sock = bind(flags.hostname, flags.port)
-        metrics_sock = None if flags.prometheus_port is None else bind(flags.hostname, flags.prometheus_port)
+        # Bound before anything is loaded: an address in use is found at once.
+        sock = stack.enter_context(bind(flags.hostname, flags.port))
+        metrics_sock = None
+        if flags.prometheus_port is not None:
+            metrics_sock = stack.enter_context(bind(flags.hostname, flags.prometheus_port))
         start = stack.enter_async_context(start_backend(flags))
         backend = await _unless_requested(shutdown, start)
         if backend is None:
-            sock.close()
             return 0
         service = ServiceRoutes(
             backend.tokenizer,

@@ -75,7 +75,7 @@ async def test_best_of() -> None:
 
     def script(queued: QueuedRequest) -> None:
         text = next(texts)
-        token = scripted.Token(9, text, -5.0 if text == "worse" else -0.5, special=False)
+        token = Token(9, text, -5.0 if text == "worse" else -0.5, special=False)
         queued.stream.put(TokenEvent(1, token, None, scripted.finished(text, 1, queued, FinishReason.EOS_TOKEN)))
         queued.stream.close()
 

@@ -84,8 +84,12 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
 
     yield start
     for each in started:
-        each.process.kill()
-        each.process.wait()
+        each.process.terminate()
+        try:
+            each.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            each.process.kill()
+            each.process.wait()
         os.close(each.stdout)
         assert each.process.stderr is not None
         each.process.stderr.close()

@@ -68,6 +68,12 @@ def test_malformed_events_are_no_progress() -> None:
     assert parse_progress({"stage": "load", "done": 3, "total": 4, "unit": "parts"}) == Progress("load", 3, 4, "parts")
 
 
+def test_files_that_are_downloaded_side_by_side_are_told_apart() -> None:
+    progress = parse_progress({"stage": "download", "file": "Model-1.safetensors", "done": 3, "total": 3})
+    assert progress is not None
+    assert progress.ended(0.0) == "Download Model-1.safetensors: 3"
+
+
 def refreshing() -> bool:
     return any("Refresh" in type(thread).__name__ for thread in threading.enumerate())
 

@@ -46,7 +46,7 @@ async def listen(servicer: pb_grpc.TextGenerationServicer, path: Path) -> Listen
         server = grpc.aio.server(options=_OPTIONS)
         pb_grpc.add_TextGenerationServicer_to_server(servicer, server)
         url = f"unix://{path}"
-        previous = os.umask(0o077)
+        previous = os.umask(0o177)
         try:
             server.add_insecure_port(url)
         finally:

@@ -129,7 +129,9 @@ def _begun(text: str, fields: Fields, rng: random.Random) -> Example:
         example = chat("json, begun", [user(text)], whole)
     # the joint of a plain completion is left out: a grammar admits no space before the object
     answer = example.answer.lstrip()
-    return Example(example.kind, example.prompt + answer[:start], answer[start:], answer[start:])
+    # which keys follow is up to the grammar, so the value alone makes the answer right
+    value = json.dumps(fields[key], separators=(", ", ": ") if ", " in whole else (",", ":")).strip('"[]')
+    return Example(example.kind, example.prompt + answer[:start], answer[start:], value)
 
 
 def _key_list(fields: Fields, rng: random.Random) -> str:

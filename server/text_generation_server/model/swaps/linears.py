@@ -15,8 +15,9 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.weight_bytes = weight.numel() * weight.element_size()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        self.packed: Tensor
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        self.register_buffer("packed", packed, persistent=False)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
