@@ -19,6 +19,10 @@ LEVELS = {"trace": logging.DEBUG, "debug": logging.DEBUG, "info": logging.INFO, 
 LEVELS |= {"warning": logging.WARNING, "error": logging.ERROR, "critical": logging.CRITICAL, "off": logging.CRITICAL}
 
 
+EVENTS = "text_generation.events"
+"""The logger of messages to the launcher; no level silences it."""
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: timestamp (RFC 3339, UTC), level, target, message, and the record's extra fields."""
 
@@ -46,6 +50,8 @@ def configure_logging(level: str = "info", stream: TextIO | None = None) -> None
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
+    # Messages to the launcher are no matter of taste: without them it would wait for readiness for ever.
+    logging.getLogger(EVENTS).setLevel(logging.INFO)
     unknown = []
     for entry in level.lower().split(","):
         target, _, name = entry.strip().rpartition("=")
@@ -62,4 +68,4 @@ def send_event(event: str, message: str, **fields: Any) -> None:
 
     Events: ``progress`` (fields stage, done, total, unit) and ``ready`` (field seconds: a dict of step -> duration).
     """
-    logging.getLogger("text_generation.events").info(message, extra={"event": event, **fields})
+    logging.getLogger(EVENTS).info(message, extra={"event": event, **fields})

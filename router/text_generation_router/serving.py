@@ -92,6 +92,8 @@ async def serve(flags: RouterFlags, shutdown: Shutdown | None = None) -> int:
     if shutdown is None:
         shutdown = Shutdown()
         shutdown.install()
+    if flags.api_key is not None and not flags.api_key.strip():
+        raise StartError("Argument validation error: `api_key` must not be empty")
     drain = Drain()
     async with AsyncExitStack() as stack:
         # Bound before anything is loaded: an address in use is found at once.

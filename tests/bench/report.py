@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -37,7 +38,7 @@ class Outcome:
     @property
     def gaps_s(self) -> list[float]:
         """Time before each token but the first. Those that came in one event with another waited for nothing: 0."""
-        gaps = [after - before for before, after in zip(self.token_times, self.token_times[1:], strict=False)]
+        gaps = [after - before for before, after in pairwise(self.token_times)]
         missing = self.usage.output_tokens - len(self.token_times) if self.usage else 0
         return gaps + [0.0] * missing
 

@@ -90,10 +90,10 @@ async def drive(port: int, prompts: list[str], streams: int, output_tokens: int)
     return sum(await closed_loop(prompts, streams, one))
 
 
-def cpu_seconds(process: psutil.Process) -> float:
-    """Of all its threads, in user and kernel mode."""
-    times = process.cpu_times()
-    return float(times.user + times.system)
+def cpu_seconds(router: psutil.Process) -> float:
+    """Of all its threads and children, in user and kernel mode."""
+    times = [process.cpu_times() for process in (router, *router.children(recursive=True))]
+    return float(sum(time.user + time.system for time in times))
 
 
 def measure(router: psutil.Process, port: int, prompts: list[str], streams: int, output_tokens: int) -> RouterReport:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -29,7 +28,8 @@ CLIENT = """
 import selectors, socket, sys
 host, port, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 body = b'{"inputs":"hi","parameters":{"max_new_tokens":100000}}'
-request = b"POST /generate_stream HTTP/1.1\\r\\nhost: x\\r\\ncontent-type: application/json\\r\\ncontent-length: %d\\r\\n\\r\\n"
+lines = b"POST /generate_stream HTTP/1.1", b"host: x", b"content-type: application/json", b"content-length: %d", b"", b""
+request = b"\\r\\n".join(lines)
 selector = selectors.DefaultSelector()
 for _ in range(count):
     sock = socket.create_connection((host, port))
@@ -58,7 +58,9 @@ async def over_http(streams: int, tokens: int) -> float:
         max_total_tokens=200_000,
     ) as router:
         base = router.client.base_url
-        clients = subprocess.Popen([sys.executable, "-c", CLIENT, base.host, str(base.port), str(streams)])
+        clients = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", CLIENT, base.host, str(base.port), str(streams)
+        )
         while len(router.batcher.running) < streams:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         running = list(router.batcher.running)
@@ -74,7 +76,7 @@ async def over_http(streams: int, tokens: int) -> float:
             queued.stream.put(event)
             queued.stream.close()
         await router.idle()
-        await asyncio.to_thread(clients.wait)
+        await clients.wait()
         return spent / (streams * tokens)
 
 

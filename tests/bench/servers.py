@@ -163,12 +163,26 @@ def stop(server: Server) -> None:
     ours = {process.pid: process for process in [*server.tree(), *session_of(server.process.pid)]}
     with suppress(ProcessLookupError):
         server.process.terminate()
-    _, left = psutil.wait_procs(list(ours.values()), timeout=STOP_WITHIN_S)
-    for process in left:
+    for process in wait_gone(list(ours.values())):
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(left, timeout=STOP_WITHIN_S)
+    wait_gone(list(ours.values()))
     server.process.wait()
+
+
+def wait_gone(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that are still there after `STOP_WITHIN_S`. A dead one that nobody has reaped counts as gone."""
+    deadline = time.monotonic() + STOP_WITHIN_S
+    while (left := [process for process in processes if alive(process)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def session_of(leader: int) -> Iterator[psutil.Process]:

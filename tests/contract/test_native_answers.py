@@ -13,6 +13,7 @@ from text_generation_router.scheduling.requests import (
     PrefillEvent,
     PrefillToken,
     QueuedRequest,
+    Token,
     TokenEvent,
 )
 

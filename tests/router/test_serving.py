@@ -189,6 +189,11 @@ async def test_a_failed_start_says_why(
     assert str(error.value).startswith(message)
 
 
+async def test_an_empty_key_is_no_key_but_a_mistake() -> None:
+    with pytest.raises(StartError, match="`api_key` must not be empty"):
+        await serve(RouterFlags(api_key=" \n", hostname="127.0.0.1", port=0), Shutdown())
+
+
 def test_addresses() -> None:
     for hostname, expected in (("localhost", "127.0.0.1"), ("4f3c2d1e0b", "0.0.0.0"), ("::1", "::1"), ("[::1]", "::1")):
         with bind(hostname, 0) as sock:

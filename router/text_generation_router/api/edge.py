@@ -39,7 +39,7 @@ class ApiKey:
     """The key of ``--api-key``; without one everybody is let in."""
 
     def __init__(self, key: str | None) -> None:
-        self._digest = None if key is None else hashlib.sha256(key.encode()).digest()
+        self._digest = None if key is None else hashlib.sha256(key.strip().encode()).digest()
 
     def admits(self, scope: Scope) -> bool:
         """Whether the request carries the key: ``Authorization: Bearer <key>``, the key case-sensitive."""

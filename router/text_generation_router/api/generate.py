@@ -53,7 +53,8 @@ class GenerateRoutes:
         self._inference = inference
         self._metrics = metrics
         self._payload_limit = payload_limit
-        self._compute_type = compute_type.encode("latin-1", "replace")
+        # A header value: a line break in it would break every answer.
+        self._compute_type = re.sub(r"[^ -~]", "?", compute_type).encode()
         self._full_text_by_default = full_text_by_default
 
     async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:

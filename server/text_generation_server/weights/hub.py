@@ -86,7 +86,7 @@ def choose_files(files: list[str]) -> tuple[list[str], list[str]]:
     """
     wanted = [name for name in files if not _matches(name, IGNORED_FILES) or name == INDEX_FILE]
     weights = sorted(name for name in wanted if name.endswith(".safetensors") and "/" not in name)
-    if INDEX_FILE in wanted and SINGLE_FILE in weights:
+    if INDEX_FILE in wanted and len(weights) > 1:
         weights = [name for name in weights if name != SINGLE_FILE]  # the parts hold the same again
     if not weights:
         pickled = sorted(name for name in files if _matches(name, PICKLED_FILES))
@@ -195,10 +195,10 @@ def _retried(action: Callable[[], T], what: str, pause_s: float) -> T:
         except OfflineModeIsEnabled:
             raise
         except OSError as error:  # every network error of the library, and a full disk
-            cause = error.__cause__
             refused = isinstance(error, HfHubHTTPError) and error.response.status_code in (400, 401, 403, 404)
-            hopeless = refused or isinstance(cause, OfflineModeIsEnabled) or error.errno in _DISK_ERRORS
-            if hopeless or (isinstance(error, EntryNotFoundError) and cause is None) or attempt == TRIES:
+            # A file that cannot be looked up: the library has tried several times itself by then.
+            hopeless = refused or isinstance(error, EntryNotFoundError) or error.errno in _DISK_ERRORS
+            if hopeless or attempt == TRIES:
                 raise
             logger.warning("%s: try %d of %d failed (%s)", what, attempt, TRIES, _first_line(error))
             time.sleep(pause_s)
