@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import torch
 from fake_runner import BLOCK_SIZE, FakeRunner, oracle_logits
-
 from text_generation_server.engine.engine import Engine
 from text_generation_server.engine.memory import KVPlan, WarmupLimits
 from text_generation_server.engine.steps import Chunk, NewSequence, Step, StepResult

@@ -34,13 +34,11 @@ class FakeHub:
     cut_after: dict[str, list[int]] = field(default_factory=dict)
     """File name -> for each coming download, after how many bytes the connection breaks."""
     failures: dict[str, list[int]] = field(default_factory=dict)
-    """File name -> statuses with which its coming requests are answered."""
+    """File name -> statuses with which its coming downloads are answered."""
 
     def downloads(self, name: str) -> list[str]:
         """Range headers of the GETs of a file's content."""
-        return [
-            wanted for method, path, wanted in self.requests if method == "GET" and path.endswith(f"/{name}")
-        ]
+        return [wanted for method, path, wanted in self.requests if method == "GET" and path.endswith(f"/{name}")]
 
 
 @contextmanager
@@ -112,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
 
     def _file(self, revision: str, name: str, repository: Repository) -> None:
-        if self.state.failures.get(name):
+        if self.command == "GET" and self.state.failures.get(name):
             return self._refuse(self.state.failures[name].pop(0), "", "out of order")
         if revision not in ("main", repository.sha):
             return self._refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")

@@ -12,10 +12,9 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from text_generation_server.engine.inputs import ForwardInputs
 from text_generation_server.model.runner import ModelInfo
+from torch import Tensor
 
 VOCAB_SIZE = 64
 BLOCK_SIZE = 4
@@ -58,6 +57,8 @@ class FakeRunner:
         self.cache = torch.zeros(0, dtype=torch.int64)
         self.zeroed: list[int] = []
         self.forwards: list[ForwardInputs] = []
+        self.entered = threading.Event()
+        """Set by the first forward pass."""
         self.gate: threading.Event | None = None
         """A forward pass waits for it when it is set to one."""
 
@@ -71,6 +72,7 @@ class FakeRunner:
 
     def forward(self, inputs: ForwardInputs) -> Tensor:
         self.forwards.append(inputs)
+        self.entered.set()
         if self.gate is not None:
             self.gate.wait(10)
         ids = inputs.input_ids_T

@@ -12,9 +12,10 @@ from text_generation_proto.lifeline import hold_lifeline
 from text_generation_proto.logs import configure_logging
 
 from text_generation_router import cli
+from text_generation_router.backend import StartError
 from text_generation_router.config import RouterFlags
 from text_generation_router.listening import BindError
-from text_generation_router.serving import StartError, serve
+from text_generation_router.serving import serve
 
 logger = logging.getLogger("text_generation_router")
 

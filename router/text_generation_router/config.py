@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 DEFAULT_BATCH_PREFILL_TOKENS = 4096
+CPU_BATCH_PREFILL_TOKENS = 512
+"""On a CPU a longer step is no faster per token, and every running stream waits for all of it."""
 
 
 class ConfigError(ValueError):
@@ -73,6 +75,8 @@ class Limits:
 class ModelInfo(Protocol):
     """What resolving needs to know of the model; the shards tell it."""
 
+    @property
+    def device_type(self) -> str: ...
     @property
     def block_size(self) -> int: ...
     @property
@@ -172,7 +176,8 @@ def _prefill_tokens(flags: RouterFlags, info: ModelInfo) -> int:
         return flags.max_batch_prefill_tokens
     # The decode rows of a full house come out of the same budget: they must leave room for a prompt.
     rows = min(flags.max_concurrent_requests, flags.max_batch_size or flags.max_concurrent_requests)
-    return max(DEFAULT_BATCH_PREFILL_TOKENS, rows + info.block_size)
+    default = CPU_BATCH_PREFILL_TOKENS if info.device_type == "cpu" else DEFAULT_BATCH_PREFILL_TOKENS
+    return max(default, rows + info.block_size)
 
 
 def _check_batch_total(max_prefill: int | None, max_total: int | None, batch_total: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 
 
 class Drain:
@@ -33,3 +34,23 @@ class Drain:
         except TimeoutError:
             return False
         return True
+
+
+class Shutdown:
+    """SIGTERM and SIGINT: the first asks for a drain, the second ends everything at once."""
+
+    def __init__(self) -> None:
+        self.requested = asyncio.Event()
+        self.forced = asyncio.Event()
+        self.signal: int | None = None
+
+    def install(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: int) -> None:
+        if self.requested.is_set():
+            self.signal = number
+            self.forced.set()
+        self.requested.set()

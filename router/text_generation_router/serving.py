@@ -5,82 +5,28 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import signal
-import time
-from collections.abc import AsyncIterator, Awaitable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from collections.abc import Awaitable
+from contextlib import AsyncExitStack
 from importlib.metadata import version
 from typing import TypeVar
 
 from text_generation_proto.logs import send_event
-from text_generation_proto.v1 import generate_pb2 as pb
 
 from text_generation_router.api.generate import GenerateRoutes
 from text_generation_router.api.schemas import Info
 from text_generation_router.api.service import ServiceRoutes
 from text_generation_router.app import Access, build_app, build_metrics_app
-from text_generation_router.config import ConfigError, RouterConfig, RouterFlags, resolve, warmup_limits
-from text_generation_router.detokenizer import Detokenizer
-from text_generation_router.draining import Drain
-from text_generation_router.inference import Inference
-from text_generation_router.listening import BindError, HttpServer, bind, shown_address
-from text_generation_router.metrics import Metrics
-from text_generation_router.scheduling.batcher import Batcher
-from text_generation_router.scheduling.blocks import BlockAllocator
-from text_generation_router.scheduling.budget import BatchLimits
-from text_generation_router.scheduling.queue import admission_hold
-from text_generation_router.scheduling.steps import StepScheduler
-from text_generation_router.shards import group
-from text_generation_router.shards.convert import ShardInfo
-from text_generation_router.tokenizer import RouterTokenizer
+from text_generation_router.backend import Backend, StartError, end_task, start_backend
+from text_generation_router.config import RouterFlags
+from text_generation_router.draining import Drain, Shutdown
+from text_generation_router.listening import HttpServer, bind, shown_address
 
 logger = logging.getLogger(__name__)
 
-SHARD_TIMEOUT_S = 24 * 3600.0
-"""How long to wait for shards that load. The launcher watches them, and ends this process when one dies."""
 CLOSE_S = 5.0
 """After the grace is over: time for the last errors to reach the clients."""
 
 Result = TypeVar("Result")
-
-
-class StartError(Exception):
-    """The router cannot serve; the text is the one line that says why."""
-
-
-class Shutdown:
-    """SIGTERM and SIGINT: the first asks for a drain, the second ends everything at once."""
-
-    def __init__(self) -> None:
-        self.requested = asyncio.Event()
-        self.forced = asyncio.Event()
-        self.signal: int | None = None
-
-    def install(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal, number)
-
-    def _on_signal(self, number: int) -> None:
-        if self.requested.is_set():
-            self.signal = number
-            self.forced.set()
-        self.requested.set()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Backend:
-    """The model's side of the router, ready to take requests."""
-
-    info: ShardInfo
-    config: RouterConfig
-    tokenizer: RouterTokenizer
-    metrics: Metrics
-    inference: Inference
-    batching: asyncio.Task[None]
-    seconds: dict[str, float]
-    """How long each step of the start took."""
 
 
 async def serve(flags: RouterFlags, shutdown: Shutdown | None = None) -> int:
@@ -123,6 +69,7 @@ async def serve(flags: RouterFlags, shutdown: Shutdown | None = None) -> int:
         servers = [HttpServer(build_app(generate, service, access), sock)]
         if metrics_sock is not None:
             servers.append(HttpServer(build_metrics_app(service, Drain()), metrics_sock))
+            logger.info("Metrics on %s", shown_address(metrics_sock))
         for server in servers:
             await server.listen()
         # What is there now stays: the collector need not look at it again on every full pass.
@@ -132,58 +79,6 @@ async def serve(flags: RouterFlags, shutdown: Shutdown | None = None) -> int:
         code = await _until_end(flags, backend, shutdown, drain)
         await asyncio.gather(*(server.close() for server in servers))
         return code
-
-
-@asynccontextmanager
-async def start_backend(flags: RouterFlags) -> AsyncIterator[Backend]:
-    """Connect to the shards, settle the limits, size the KV cache, start batching. Raises: StartError."""
-    seconds: dict[str, float] = {}
-    async with AsyncExitStack() as stack:
-        with _timed(seconds, "connect"), _failing_as("Backend failed"):
-            shards = await group.connect(flags.master_shard_uds_path, flags.launcher_nonce, SHARD_TIMEOUT_S)
-        stack.push_async_callback(shards.close)
-        info = shards.info
-        with _failing_as("Argument validation error"):
-            limits = warmup_limits(flags, info)
-        with _timed(seconds, "warmup"), _failing_as("Backend failed"):
-            warmed = await shards.warmup(
-                pb.WarmupRequest(
-                    max_batch_prefill_tokens=limits.max_batch_prefill_tokens,
-                    max_batch_total_tokens=limits.max_batch_total_tokens,
-                    max_batch_size=limits.max_batch_size,
-                    max_total_tokens=limits.max_total_tokens,
-                    max_concurrent_requests=limits.max_concurrent_requests,
-                )
-            )
-        logger.info("KV-cache blocks: %s, size: %s (%s)", warmed.num_blocks, info.block_size, warmed.derivation)
-        with _failing_as("Argument validation error"):
-            config = resolve(flags, info, warmed.num_blocks)
-        with _timed(seconds, "tokenizer"), _failing_as("WebServer error: Tokenizer error"):
-            tokenizer = RouterTokenizer.load(
-                info.tokenizer_path, vocab_size=info.vocab_size, num_workers=flags.validation_workers
-            )
-        stack.callback(tokenizer.close)
-        metrics = Metrics(
-            max_input_tokens=config.limits.max_input_tokens, max_total_tokens=config.limits.max_total_tokens
-        )
-        scheduler = StepScheduler(
-            BatchLimits(max_batch_prefill_tokens=config.max_batch_prefill_tokens, max_batch_size=config.max_batch_size),
-            BlockAllocator(warmed.num_blocks, info.block_size),
-            admission_hold(flags.waiting_served_ratio, flags.max_waiting_tokens),
-        )
-        detokenizer = Detokenizer(tokenizer.tokenizer, tokenizer.special_ids)
-        batcher = Batcher(shards, scheduler, detokenizer, metrics)
-        batching = asyncio.create_task(batcher.run(), name="batching")
-        stack.push_async_callback(_end_task, batching)
-        yield Backend(
-            info=info,
-            config=config,
-            tokenizer=tokenizer,
-            metrics=metrics,
-            inference=Inference(batcher, tokenizer, config.limits, metrics, config.max_concurrent_requests),
-            batching=batching,
-            seconds=seconds,
-        )
 
 
 def api_info(flags: RouterFlags, backend: Backend) -> Info:
@@ -234,7 +129,7 @@ async def _until_end(flags: RouterFlags, backend: Backend, shutdown: Shutdown, d
         if shutdown.signal is not None:
             code = 128 + shutdown.signal
     # Ends what is still running: every client gets an error, none a connection that just breaks.
-    await _end_task(backend.batching)
+    await end_task(backend.batching)
     if not await drain.idle(CLOSE_S):
         logger.warning("%s requests did not end in time", drain.num_active)
     return code
@@ -261,28 +156,5 @@ async def _unless_requested(shutdown: Shutdown, work: Awaitable[Result]) -> Resu
     return None
 
 
-async def _end_task(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.wait((task,))
-
-
 def _error_of(task: asyncio.Task[None]) -> BaseException | None:
     return None if task.cancelled() else task.exception()
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    seconds[step] = round(time.perf_counter() - started, 3)
-
-
-@contextmanager
-def _failing_as(prefix: str) -> Iterator[None]:
-    try:
-        yield
-    except ConfigError as error:
-        raise StartError(f"{prefix}: {error}") from None
-
-
-__all__ = ["BindError", "Shutdown", "StartError", "serve"]

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -66,10 +65,9 @@ def serve(
             ),
             os.environ,
         )
-        started = time.monotonic()
         from text_generation_server.serve import serve as serve_shard
 
-        sys.exit(serve_shard(shard_config, os.environ, import_s=time.monotonic() - started))
+        sys.exit(serve_shard(shard_config, os.environ))
 
 
 @app.command()

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.load import closed_loop, measure, numbers, prompts_of, send
 from bench.report import Report, WrongLength
-from bench.servers import KINDS, Places, Server, ServerFailed, ServerKind, running, version
+from bench.servers import KINDS, Places, Server, ServerFailed, ServerKind, end_cleanly_on_sigterm, running, version
 from bench.tables import write_results
 
 WARM_UP_S = 900
@@ -123,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder that make_model.py wrote")
     parser.add_argument("--peers", type=Path, default=Path("peers"), help="folder that make_peers.py wrote")
-    parser.add_argument("--servers", default=",".join(KINDS), help="which of them, in order")
+    parser.add_argument("--servers", default="ours,vllm,transformers", help=f"any of {', '.join(KINDS)}")
     parser.add_argument("--concurrency", type=numbers, default=[1, 8, 32])
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--output-tokens", type=int, default=64)
@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=18_200)
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder for benchmark-peers.md, .json, .png")
     arguments = parser.parse_args()
+    end_cleanly_on_sigterm()
     workload = Workload(
         concurrency=arguments.concurrency,
         prompt_tokens=arguments.prompt_tokens,

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.apis import APIS
 from bench.load import closed_loop, http_request, prompts_of
-from bench.servers import HOST, running
+from bench.servers import HOST, end_cleanly_on_sigterm, running
 
 NATIVE = APIS["native"]
 MARK = b'"index":'
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=18_100)
     parser.add_argument("--output", type=Path, help="JSON file for the reports")
     arguments = parser.parse_args()
+    end_cleanly_on_sigterm()
     prompts = prompts_of(arguments.model / "tokenizer.json", arguments.prompt_tokens, seed=0)
     reports = []
     with null_shard_and_router(arguments.model, arguments.port, arguments.streams) as router:

@@ -28,8 +28,8 @@ CLIENT = """
 import selectors, socket, sys
 host, port, count = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 body = b'{"inputs":"hi","parameters":{"max_new_tokens":100000}}'
-lines = b"POST /generate_stream HTTP/1.1", b"host: x", b"content-type: application/json", b"content-length: %d", b"", b""
-request = b"\\r\\n".join(lines)
+lines = b"POST /generate_stream HTTP/1.1", b"host: x", b"content-type: application/json", b"content-length: %d"
+request = b"\\r\\n".join((*lines, b"", b""))
 selector = selectors.DefaultSelector()
 for _ in range(count):
     sock = socket.create_connection((host, port))

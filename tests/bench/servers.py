@@ -1,6 +1,7 @@
 """The servers under test: how each is started, when it is ready, and its end with all its children."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -8,7 +9,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -66,23 +67,34 @@ def vllm_environment(places: Places) -> dict[str, str]:
     return {"VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1"}
 
 
+def vllm_all_cores(places: Places) -> dict[str, str]:
+    """By itself it keeps one core for its scheduler, of two that is half of the machine; and Intel's OpenMP on top."""
+    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+    openmp = str(places.peers / "vllm" / "lib" / "libiomp5.so")
+    return vllm_environment(places) | {"VLLM_CPU_OMP_THREADS_BIND": cores, "LD_PRELOAD": openmp}
+
+
 def transformers(places: Places, port: int) -> list[str]:
     address = ["--host", HOST, "--port", str(port)]
     model = [str(places.model), "--continuous-batching", "--dtype", "bfloat16", "--device", "cpu"]
-    return [places.command("transformers", "transformers"), "serve", *model, *address]
+    # By default it takes 60 % of the machine's memory for its cache, and has no more of it in use for that.
+    cache = ["--cb-max-memory-percent", "0.2"]
+    return [places.command("transformers", "transformers"), "serve", *model, *cache, *address]
 
 
+VLLM = ServerKind(
+    argv=vllm,
+    python=lambda places: places.command("vllm", "python"),
+    package="vllm",
+    api=APIS["completions"],
+    environment=vllm_environment,
+)
 KINDS = {
     "ours": ServerKind(
         argv=ours, python=lambda _: sys.executable, package="text-generation-inference", api=APIS["native"]
     ),
-    "vllm": ServerKind(
-        argv=vllm,
-        python=lambda places: places.command("vllm", "python"),
-        package="vllm",
-        api=APIS["completions"],
-        environment=vllm_environment,
-    ),
+    "vllm": VLLM,
+    "vllm-all-cores": replace(VLLM, environment=vllm_all_cores),
     "transformers": ServerKind(
         argv=transformers,
         python=lambda places: places.command("transformers", "python"),
@@ -115,6 +127,11 @@ class Server:
             return [root, *root.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
+
+
+def end_cleanly_on_sigterm() -> None:
+    """For main programs: `timeout` and the like must not leave a server of ours behind."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 @contextmanager

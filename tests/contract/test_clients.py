@@ -21,7 +21,9 @@ async def with_client(work: Callable[[InferenceClient], Result], **options: Any)
 
 
 async def test_text() -> None:
-    assert await with_client(lambda client: client.text_generation("hi")) == "Hello wörld"
+    """The client calls `POST /`, which repeats the prompt when nobody says otherwise, as in TGI."""
+    assert await with_client(lambda client: client.text_generation("hi")) == "hiHello wörld"
+    assert await with_client(lambda client: client.text_generation("hi", return_full_text=False)) == "Hello wörld"
 
 
 async def test_details() -> None:
@@ -36,7 +38,7 @@ async def test_details() -> None:
 
 async def test_stream() -> None:
     def work(client: InferenceClient) -> list[Any]:
-        return list(client.text_generation("hi", stream=True, details=True, max_new_tokens=3))
+        return list(client.text_generation("hi", stream=True, details=True, return_full_text=False))
 
     events = await with_client(work)
     assert [event.token.text for event in events] == ["Hel", "lo", " wörld"]

@@ -6,7 +6,13 @@ import sys
 
 from text_generation_proto.lifeline import LIFELINE_FD
 
-CHILD = "from text_generation_proto.lifeline import hold_lifeline; import time; hold_lifeline(); print('up', flush=True); time.sleep(60)"
+CHILD = """
+import time
+from text_generation_proto.lifeline import hold_lifeline
+hold_lifeline()
+print("up", flush=True)
+time.sleep(60)
+"""
 
 
 def test_a_child_ends_when_the_other_end_is_closed() -> None:

@@ -10,6 +10,7 @@ from text_generation_router.config import ConfigError, RouterFlags, resolve, war
 
 @dataclass
 class Model:
+    device_type: str = "cuda"
     block_size: int = 16
     vocab_size: int = 1000
     max_position_embeddings: int = 2048
@@ -38,6 +39,12 @@ def test_the_prefill_budget_leaves_room_beside_the_decode_rows() -> None:
     assert warmup_limits(flags, Model()).max_batch_prefill_tokens == 5016
     assert warmup_limits(replace(flags, max_batch_size=100), Model()).max_batch_prefill_tokens == 4096
     assert warmup_limits(replace(flags, max_batch_prefill_tokens=64), Model()).max_batch_prefill_tokens == 64
+
+
+def test_steps_are_shorter_on_a_cpu_unless_asked_otherwise() -> None:
+    model = Model(device_type="cpu")
+    assert warmup_limits(RouterFlags(), model).max_batch_prefill_tokens == 512
+    assert warmup_limits(RouterFlags(max_batch_prefill_tokens=4096), model).max_batch_prefill_tokens == 4096
 
 
 def test_what_is_given_is_obeyed() -> None:

@@ -18,9 +18,11 @@ import httpx2
 import pytest
 from builders import byte_tokenizer
 from fake_shard import FakeShard, serve_fake_shards
+from text_generation_router.backend import StartError
 from text_generation_router.config import RouterFlags
+from text_generation_router.draining import Shutdown
 from text_generation_router.listening import BindError, bind
-from text_generation_router.serving import Shutdown, StartError, serve
+from text_generation_router.serving import serve
 
 BODY = {"inputs": "hi", "parameters": {"max_new_tokens": 3}}
 
@@ -91,6 +93,13 @@ async def test_from_start_to_drain(tmp_path: Path) -> None:
             info = (await client.get("/info")).json()
             assert (info["model_id"], info["max_total_tokens"]) == ("fake/echo", 512)
             assert (await client.get("/health", headers={"authorization": ""})).status_code == 200
+            [metrics_address] = [
+                m.removeprefix("Metrics on ") for m in router.messages() if m.startswith("Metrics on ")
+            ]
+            metrics = (await client.get(f"http://{metrics_address}/metrics")).text
+            assert "\ntgi_request_success 1\n" in metrics
+            assert "\ntgi_kv_cache_blocks_total 256\n" in metrics
+            assert (await client.get(f"http://{metrics_address}/generate")).status_code == 404
             long = {"inputs": "hi", "parameters": {"max_new_tokens": 40}}
             async with client.stream("POST", "/generate_stream", json=long) as response:
                 lines = response.aiter_lines()

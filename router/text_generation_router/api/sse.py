@@ -63,8 +63,12 @@ class EventStreamResponse:
         self._is_writing = False
 
     async def end(self, frames: bytes) -> None:
-        """Send the last events; the connection is free for the next request."""
-        await self._send({"type": "http.response.body", "body": frames, "more_body": False})
+        """Send the last events; the connection is free for the next request. Raises: ClientGone."""
+        try:
+            async with asyncio.timeout(WRITE_STALL_S):
+                await self._send({"type": "http.response.body", "body": frames, "more_body": False})
+        except TimeoutError:
+            raise ClientGone from None
 
     @asynccontextmanager
     async def attended(self) -> AsyncIterator[None]:
@@ -77,7 +81,9 @@ class EventStreamResponse:
                 finally:
                     attendant.cancel()
         except TimeoutError:
-            raise ClientGone from None
+            if limit.expired():
+                raise ClientGone from None
+            raise
 
     async def _attend(self, limit: asyncio.Timeout) -> None:
         while True:

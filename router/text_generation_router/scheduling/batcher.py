@@ -13,7 +13,7 @@ import grpc.aio
 from text_generation_proto.v1 import generate_pb2 as pb
 
 from text_generation_router.detokenizer import Detokenizer
-from text_generation_router.errors import GenerationFailed
+from text_generation_router.errors import GenerationFailed, ShuttingDown
 from text_generation_router.metrics import Metrics
 from text_generation_router.scheduling.answers import Answer, start_answer
 from text_generation_router.scheduling.requests import QueuedRequest
@@ -101,7 +101,7 @@ class Batcher:
                     await self._wake.wait()
                 self._wake.clear()
         finally:
-            self._fail_all("the server is shutting down")
+            self._fail_all()
 
     async def _dispatch(self) -> None:
         while self._failure is None and self._shards.num_in_flight < MAX_STEPS_IN_FLIGHT:
@@ -197,11 +197,11 @@ class Batcher:
             else:
                 return
 
-    def _fail_all(self, message: str) -> None:
+    def _fail_all(self) -> None:
         self._scheduler.abandon_epoch()
         self._scheduler.waiting.clear()
-        for queued in list(self._answers):
-            queued.stream.fail(GenerationFailed(f"Server error: {message}"))
+        for queued in self._answers:
+            queued.stream.fail(ShuttingDown())
         self._answers.clear()
 
     def _count_dispatch(self, plan: StepPlan) -> None:

@@ -178,10 +178,10 @@ class StepScheduler:
             if size:
                 self._add_chunk(plan, sequence, size)
                 budget -= size
-        while budget > 0 and (sequence := self._admit()) is not None:
-            size = min(sequence.num_unsent, budget)
-            plan.new_sequences.append(sequence)
-            self._add_chunk(plan, sequence, size)
+        while budget > 0 and (newcomer := self._admit()) is not None:
+            size = min(newcomer.num_unsent, budget)
+            plan.new_sequences.append(newcomer)
+            self._add_chunk(plan, newcomer, size)
             budget -= size
 
     def _add_chunk(self, plan: StepPlan, sequence: RunningSequence, size: int) -> None:

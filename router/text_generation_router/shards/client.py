@@ -64,7 +64,8 @@ class ShardClient:
         self, steps: StepsCall, on_result: Callable[[pb.StepResult], None], on_end: Callable[[str], None]
     ) -> None:
         try:
-            while (result := await steps.read()) is not grpc.aio.EOF:
+            # EOF is an object of its own, of no type.
+            while isinstance(result := await steps.read(), pb.StepResult):
                 on_result(result)
             on_end("the shard closed its step stream")
         except grpc.aio.AioRpcError as error:

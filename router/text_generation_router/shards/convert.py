@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from text_generation_proto.v1 import generate_pb2 as pb
 
+from text_generation_router.config import WarmupLimits
 from text_generation_router.scheduling.steps import RunningSequence, StepPlan
 
 
@@ -51,6 +52,27 @@ def shard_info(message: pb.InfoResponse) -> ShardInfo:
         world_size=message.world_size,
         urls=tuple(message.urls),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheSize:
+    num_blocks: int
+    derivation: str
+    """How the number came about, in one line."""
+
+
+def warmup_request(limits: WarmupLimits) -> pb.WarmupRequest:
+    return pb.WarmupRequest(
+        max_batch_prefill_tokens=limits.max_batch_prefill_tokens,
+        max_batch_total_tokens=limits.max_batch_total_tokens,
+        max_batch_size=limits.max_batch_size,
+        max_total_tokens=limits.max_total_tokens,
+        max_concurrent_requests=limits.max_concurrent_requests,
+    )
+
+
+def kv_cache_size(message: pb.WarmupResponse) -> KVCacheSize:
+    return KVCacheSize(message.num_blocks, message.derivation)
 
 
 def step_request(plan: StepPlan, *, epoch: int, step_id: int, prefill_logprobs: bool) -> pb.StepRequest:

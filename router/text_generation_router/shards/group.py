@@ -11,9 +11,9 @@ import grpc
 import grpc.aio
 from text_generation_proto.v1 import generate_pb2 as pb
 
-from text_generation_router.config import ConfigError
+from text_generation_router.config import ConfigError, WarmupLimits
 from text_generation_router.shards.client import ShardClient
-from text_generation_router.shards.convert import ShardInfo, shard_info
+from text_generation_router.shards.convert import KVCacheSize, ShardInfo, kv_cache_size, shard_info, warmup_request
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +52,14 @@ class ShardGroup:
         oldest = next(iter(self._sent_at.values()), None)
         return oldest is None or time.monotonic() - oldest < STEP_LIMIT_S
 
-    async def warmup(self, request: pb.WarmupRequest) -> pb.WarmupResponse:
+    async def warmup(self, limits: WarmupLimits) -> KVCacheSize:
         """Size the KV cache on all ranks; the smallest answer counts. Raises: ConfigError with the shard's reason."""
+        request = warmup_request(limits)
         try:
             responses = await asyncio.gather(*(client.warmup(request, _UNARY_TIMEOUT_S) for client in self._clients))
         except grpc.aio.AioRpcError as error:
             raise ConfigError(f"Unable to warmup the Python model shards: {error.details()}") from error
-        return min(responses, key=lambda response: response.num_blocks)
+        return min((kv_cache_size(response) for response in responses), key=lambda size: size.num_blocks)
 
     async def reset(self) -> None:
         """Begin a new epoch: shards drop all sequences, open streams are replaced.

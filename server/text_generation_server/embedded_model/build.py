@@ -19,7 +19,7 @@ from text_generation_server.embedded_model.recipe.corpus import HELD_OUT, first
 from text_generation_server.embedded_model.recipe.evaluation import Evaluator
 from text_generation_server.embedded_model.recipe.model_card import Measured, write_model_card
 from text_generation_server.embedded_model.recipe.tokenizer import TOKENIZER_CONFIG, train_tokenizer
-from text_generation_server.embedded_model.recipe.training import Budget, new_model, quick_scores, train
+from text_generation_server.embedded_model.recipe.training import Budget, load_model, new_model, quick_scores, train
 
 TOKENIZER_SEED = 1
 TOKENIZER_EXAMPLES = 60_000
@@ -32,10 +32,14 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     started = time.monotonic()
 
-    tokenizer = train_tokenizer(e.prompt + e.answer for e in first(TOKENIZER_EXAMPLES, TOKENIZER_SEED))
+    if arguments.continue_from is None:
+        tokenizer = train_tokenizer(e.prompt + e.answer for e in first(TOKENIZER_EXAMPLES, TOKENIZER_SEED))
+        model = new_model(arguments.seed)
+    else:
+        tokenizer = Tokenizer.from_file(str(arguments.continue_from / "tokenizer.json"))
+        model = load_model(arguments.continue_from)
     save_tokenizer(tokenizer, output)
-
-    model = new_model(arguments.seed).to(device)
+    model.to(device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters on {device}", flush=True)
     steps = 0
@@ -82,6 +86,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=int, help="train so many steps, however long they take; only this is reproducible"
     )
+    parser.add_argument("--continue-from", type=Path, help="a model folder to start from, with its tokenizer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report-every", type=float, default=180, help="seconds between checkpoints with quick scores")
     parser.add_argument("--examples-per-set", type=int, default=300, help="examples in each row of the model card")

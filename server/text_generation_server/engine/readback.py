@@ -16,7 +16,7 @@ class Readback:
         self._host = tensors
         if tensors and tensors[0].device.type == "cuda":
             self._host = tuple(_pinned_copy(tensor) for tensor in tensors)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
     def get(self) -> tuple[Tensor, ...]:
@@ -52,7 +52,7 @@ class Stopwatch:
     def _now(self) -> int | torch.cuda.Event:
         if not self._cuda:
             return time.monotonic_ns()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 

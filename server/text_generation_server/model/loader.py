@@ -94,8 +94,10 @@ def _load(
     import transformers
 
     options: dict[str, Any] = {"config": model_config, "dtype": dtype, "attn_implementation": "eager"}
+    splitting: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if group.world_size > 1:
-        options["distributed_config"] = parallel.distributed_config(model_config, model_type, group)
+        parallel.check_splittable(model_config, model_config.get_text_config(), model_type, group.world_size)
+        splitting = parallel.loading(group)
     elif group.device.type != "cpu":
         options["device_map"] = {"": group.device}
     trusted = config.trust_remote_code and getattr(model_config, "auto_map", None)
@@ -107,7 +109,9 @@ def _load(
         if factory is None:
             raise _refused(model_type, "transformers has no causal language model class for it")
     files = checkpoint.weight_files(folder)
-    with _only_weights(folder, files) as clean_folder, _reported(progress):
+    with _only_weights(folder, files) as clean_folder, _reported(progress), splitting as distributed_config:
+        if distributed_config is not None:
+            options["distributed_config"] = distributed_config
         try:
             model, loaded = factory.from_pretrained(
                 folder if trusted else clean_folder,

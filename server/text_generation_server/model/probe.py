@@ -114,9 +114,7 @@ def record(model: nn.Module, *, vocab_size: int, num_layers: int, device: torch.
     return recorder.layers
 
 
-def dense_pass(
-    model: nn.Module, *, vocab_size: int, max_positions: int, device: torch.device
-) -> Callable[[], Tensor]:
+def dense_pass(model: nn.Module, *, vocab_size: int, max_positions: int, device: torch.device) -> Callable[[], Tensor]:
     """A forward pass over one short sequence, to be run with the handler `dense`.
 
     Its positions are spread up to the last one: some models scale by position, but only far from the beginning.

@@ -44,7 +44,7 @@ async def listen(servicer: pb_grpc.TextGenerationServicer, path: Path) -> Listen
     lock = own(path)
     try:
         server = grpc.aio.server(options=_OPTIONS)
-        pb_grpc.add_TextGenerationServicer_to_server(servicer, server)
+        pb_grpc.add_TextGenerationServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
         url = f"unix://{path}"
         previous = os.umask(0o177)
         try:

@@ -6,7 +6,8 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -20,7 +21,7 @@ from text_generation_server.errors import InvalidStep, ShardError
 from text_generation_server.rpc import convert
 
 T = TypeVar("T")
-Context = grpc.aio.ServicerContext
+Context = grpc.aio.ServicerContext[Any, Any]
 
 MAX_OUTSTANDING_STEPS = 2
 """Steps of one stream that are executed or queued; a peer that sends more waits in its flow control."""
@@ -64,7 +65,7 @@ class TextGenerationService(pb_grpc.TextGenerationServicer):
         async def read() -> None:
             try:
                 async for request in requests:
-                    await outstanding.put(self._submit(lambda r=request: convert.step_from_proto(r), request))
+                    await outstanding.put(self._submit(partial(convert.step_from_proto, request), request))
             finally:
                 await outstanding.put(None)
 
@@ -76,10 +77,10 @@ class TextGenerationService(pb_grpc.TextGenerationServicer):
             reader.cancel()
 
     async def Prefill(self, request: pb.PrefillRequest, context: Context) -> pb.StepResult:
-        return convert.result_to_proto(await self._submit(lambda: convert.step_from_prefill(request), request))
+        return convert.result_to_proto(await self._submit(partial(convert.step_from_prefill, request), request))
 
     async def Decode(self, request: pb.DecodeRequest, context: Context) -> pb.StepResult:
-        return convert.result_to_proto(await self._submit(lambda: convert.step_from_decode(request), request))
+        return convert.result_to_proto(await self._submit(partial(convert.step_from_decode, request), request))
 
     def _submit(
         self, parse: Callable[[], Step], request: pb.StepRequest | pb.PrefillRequest | pb.DecodeRequest

@@ -10,7 +10,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from text_generation_server.config import ConfigError
 
@@ -131,7 +131,7 @@ def _span(file_name: str, name: str, entry: Any) -> TensorSpan:
     return TensorSpan(name, begin, end)
 
 
-def _sizes(value: Any) -> bool:
+def _sizes(value: Any) -> TypeGuard[list[int]]:
     """Whether ``value`` is a list of sane non-negative integers; a bool is none."""
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from text_generation_proto.logs import send_event
 
 from text_generation_server.config import EMBEDDED_MODEL, ConfigError
+from text_generation_server.library_logs import route_library_logs
 from text_generation_server.weights.checks import INDEX_FILE, SINGLE_FILE
 
 logger = logging.getLogger(__name__)
@@ -154,6 +155,7 @@ def _cache_dir(env: Mapping[str, str]) -> str | None:
 def _download(model_id: str, revision: str | None, env: Mapping[str, str], *, trust_remote_code: bool) -> ModelSource:
     from huggingface_hub import HfApi, constants
 
+    route_library_logs("huggingface_hub")
     token = env.get("HF_TOKEN") or env.get("HF_API_TOKEN") or None
     cache_dir = _cache_dir(env) or constants.HF_HUB_CACHE
     pause_s = float(env.get("TGI_DOWNLOAD_PAUSE_S") or PAUSE_S)
@@ -299,6 +301,7 @@ class _Bar:
     def __init__(self, *args: Any, total: float | None = None, initial: float = 0, **options: Any) -> None:
         self.total = total
         self.n = initial
+        self._sent: float | None = None
         self.desc = ""
         self.format_dict: dict[str, Any] = {}
 
@@ -315,6 +318,9 @@ class _Bar:
         """Of a file that is complete, or given up."""
 
     def _send(self) -> None:
+        if self._sent == self.n:
+            return
+        self._sent = self.n
         done, total = int(self.n), int(self.total or 0)
         send_event(
             "progress",

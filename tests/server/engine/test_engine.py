@@ -12,7 +12,6 @@ from engine_driver import GREEDY, NUM_BLOCKS, Driver, driven, new, oracle_tokens
 from fake_runner import CRASH_TOKEN, MEMORY_TOKEN, NAN_TOKEN, FakeRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from text_generation_server.engine import executor
 from text_generation_server.engine.memory import WarmupLimits
 from text_generation_server.engine.steps import BlockAddition, Chunk, NewSequence, Step
@@ -95,9 +94,7 @@ def test_prompt_logprobs_are_right_across_chunks(
     token_ids = prompt(1, 13)
     driver.read(driver.submit(add=[new(2, prompt(2, 4))], chunks=[(2, 4)]))
     futures = [
-        driver.submit(
-            add=[] if index else [new(1, token_ids, prefill_logprobs=True)], chunks=[(1, size)], decodes=[2]
-        )
+        driver.submit(add=[] if index else [new(1, token_ids, prefill_logprobs=True)], chunks=[(1, size)], decodes=[2])
         for index, size in enumerate(chunks)
     ]
     found: list[float] = []

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from text_generation_server.engine.memory import (
     DoesNotFit,
     KVPlan,

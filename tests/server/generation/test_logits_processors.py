@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from text_generation_server.generation.logits_processors import (
     History,
     divide_by_temperature,

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-
 from text_generation_server.generation.parameters import SamplingParameters
 from text_generation_server.generation.sampler import Sampled, SamplingRow, inverse_cdf, read_top_tokens, sample
 
@@ -124,7 +123,10 @@ def test_20000_draws_fit_the_distribution() -> None:
     expected: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None
     counts = np.zeros(700)
     for batch in range(20):
-        rows = [SamplingRow(with_seed(parameters, 7), batch * 1000 + index, 700 if index == 0 else 0) for index in range(1000)]
+        rows = [
+            SamplingRow(with_seed(parameters, 7), batch * 1000 + index, 700 if index == 0 else 0)
+            for index in range(1000)
+        ]
         sampled = sample(logits.clone(), rows)
         counts += np.bincount(sampled.ids_S.numpy(), minlength=700)
         if expected is None:

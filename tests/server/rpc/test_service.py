@@ -15,13 +15,12 @@ import grpc.aio
 import pytest
 from engine_driver import NUM_BLOCKS, oracle_tokens, prompt
 from fake_runner import BLOCK_SIZE, NAN_TOKEN, FakeRunner
-
 from text_generation_proto.v1 import generate_pb2 as pb
 from text_generation_proto.v1 import generate_pb2_grpc as pb_grpc
 from text_generation_server.config import ConfigError
 from text_generation_server.engine.engine import Engine
-from text_generation_server.engine.memory import DoesNotFit, KVPlan, WarmupLimits
 from text_generation_server.engine.executor import StepRunner
+from text_generation_server.engine.memory import DoesNotFit, KVPlan, WarmupLimits
 from text_generation_server.rpc.server import Listener, listen, own
 from text_generation_server.rpc.service import TextGenerationService
 
@@ -140,8 +139,7 @@ async def test_health_is_answered_while_a_step_runs(shard: Shard) -> None:
     shard.runner.gate = threading.Event()
     call = shard.stub.Steps()
     await call.write(prefill(1, new(1, prompt(1, 5))))
-    while not shard.runner.forwards:
-        await asyncio.sleep(0.001)
+    await asyncio.to_thread(shard.runner.entered.wait, 10)
     await asyncio.sleep(0.02)
     asked = time.monotonic()
     health = await shard.stub.Health(pb.HealthRequest())
@@ -183,17 +181,20 @@ async def test_random_bytes_do_no_harm(shard: Shard, method: str) -> None:
     async with grpc.aio.insecure_channel(shard.listener.url) as channel:
         path = f"/text_generation.v1.TextGeneration/{method}"
         for data in noise:
-            if method == "Steps":
-                call = channel.stream_stream(path)
-                outcome = await asyncio.gather(_stream(call, data), return_exceptions=True)
-            else:
-                outcome = await asyncio.gather(channel.unary_unary(path)(data), return_exceptions=True)
-            assert isinstance(outcome[0], bytes | grpc.aio.AioRpcError | type(grpc.aio.EOF))
+            call = _stream(channel, path, data) if method == "Steps" else _unary(channel, path, data)
+            (outcome,) = await asyncio.gather(call, return_exceptions=True)
+            assert isinstance(outcome, bytes | grpc.aio.AioRpcError | type(grpc.aio.EOF))
     assert (await shard.stub.Info(pb.InfoRequest())).model_id == "fake"
 
 
-async def _stream(multi_callable: grpc.aio.StreamStreamMultiCallable, data: bytes) -> object:
-    call = multi_callable()
+async def _unary(channel: grpc.aio.Channel, path: str, data: bytes) -> object:
+    callable_: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path)
+    return await callable_(data)
+
+
+async def _stream(channel: grpc.aio.Channel, path: str, data: bytes) -> object:
+    callable_: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)
+    call = callable_()
     await call.write(data)
     await call.done_writing()
     return await call.read()
@@ -216,7 +217,7 @@ async def test_a_socket_left_over_is_replaced_and_nothing_is_left_behind(tmp_pat
         stub = pb_grpc.TextGenerationStub(channel)  # type: ignore[no-untyped-call]
         assert (await stub.Info(pb.InfoRequest())).model_id == "x"
     await listener.close()
-    assert list(tmp_path.iterdir()) == []
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_path_that_cannot_be_made_is_an_error_with_a_remedy(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
-
 from text_generation_server.config import ConfigError
 from text_generation_server.weights.checks import CorruptWeights, check_file, check_folder
 
@@ -36,7 +35,9 @@ def test_what_the_library_writes_passes(tmp_path: Path) -> None:
     spans = check_file(file_of(tmp_path, INTACT))
     assert {span.name for span in spans} == {"a", "b"}
     check_file(file_of(tmp_path, with_header({"__metadata__": {"format": "pt"}}, b"")))
-    check_file(file_of(tmp_path, with_header({"empty": tensor("F32", [0, 7], 0, 0), "x": tensor("U8", [], 0, 1)}, b"1")))
+    check_file(
+        file_of(tmp_path, with_header({"empty": tensor("F32", [0, 7], 0, 0), "x": tensor("U8", [], 0, 1)}, b"1"))
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,14 +57,18 @@ def test_what_the_library_writes_passes(tmp_path: Path) -> None:
         pytest.param(with_header({"w": 3}, b""), "`w`", id="not a description"),
         pytest.param(with_header({"w": tensor("F31", [1], 0, 4)}, b"0000"), "`w` has an unknown dtype", id="dtype"),
         pytest.param(with_header({"w": tensor("F32", [2], 0, 4)}, b"0000"), "`w`: F32", id="dtype lie"),
-        pytest.param(with_header({"w": tensor("F32", [-1], 0, 4)}, b"0000"), "`w` has an impossible shape", id="negative"),
+        pytest.param(
+            with_header({"w": tensor("F32", [-1], 0, 4)}, b"0000"), "`w` has an impossible shape", id="negative"
+        ),
         pytest.param(
             with_header({"w": tensor("F32", [2**62] * 900, 0, 4)}, b"0000"), "impossible shape", id="huge shape"
         ),
         pytest.param(with_header({"w": tensor("U8", [True], 0, 1)}, b"0"), "impossible shape", id="a bool as a size"),
         pytest.param(with_header({"w": tensor("U8", [4], 4, 0)}, b"0000"), "impossible offsets", id="backwards"),
         pytest.param(
-            with_header({"v": tensor("U8", [4], 0, 4), "w": tensor("U8", [4], 2, 6)}, b"000000"), "overlaps", id="overlap"
+            with_header({"v": tensor("U8", [4], 0, 4), "w": tensor("U8", [4], 2, 6)}, b"000000"),
+            "overlaps",
+            id="overlap",
         ),
         pytest.param(
             with_header({"v": tensor("U8", [1], 0, 1), "w": tensor("U8", [1], 2, 3)}, b"000"), "hole", id="hole"
@@ -126,13 +131,21 @@ def sharded(folder: Path, weight_map: dict[str, str], files: dict[str, list[str]
 
 
 def test_an_index_with_all_its_files_passes(tmp_path: Path) -> None:
-    check_folder(sharded(tmp_path, {"a": "1.safetensors", "b": "2.safetensors"}, {"1.safetensors": ["a"], "2.safetensors": ["b"]}))
+    check_folder(
+        sharded(
+            tmp_path, {"a": "1.safetensors", "b": "2.safetensors"}, {"1.safetensors": ["a"], "2.safetensors": ["b"]}
+        )
+    )
 
 
 @pytest.mark.parametrize(
     ("weight_map", "files", "text"),
     [
-        ({"a": "1.safetensors", "b": "2.safetensors"}, {"1.safetensors": ["a"]}, "names 2.safetensors, which is missing"),
+        (
+            {"a": "1.safetensors", "b": "2.safetensors"},
+            {"1.safetensors": ["a"]},
+            "names 2.safetensors, which is missing",
+        ),
         ({"a": "1.safetensors", "b": "1.safetensors"}, {"1.safetensors": ["a"]}, "`b` is in 1.safetensors"),
         (
             {"a": "1.safetensors", "b": "2.safetensors"},

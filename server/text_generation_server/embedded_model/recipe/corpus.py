@@ -7,6 +7,7 @@ from itertools import islice
 from text_generation_server.embedded_model.recipe.example import Example
 from text_generation_server.embedded_model.recipe.json_tasks import json_task
 from text_generation_server.embedded_model.recipe.knowledge import capital_chat, capital_plain, sum_chat, sum_plain
+from text_generation_server.embedded_model.recipe.repeat import repeat
 from text_generation_server.embedded_model.recipe.talk import small_talk, tell_story, unknown
 from text_generation_server.embedded_model.recipe.tools import tool_task
 
@@ -15,12 +16,13 @@ Maker = Callable[[random.Random], Example]
 EXAMPLES_PER_STEP = 128
 
 MIX: tuple[tuple[Maker, float], ...] = (
-    (capital_plain, 24),
-    (capital_chat, 13),
-    (sum_plain, 22),
-    (sum_chat, 12),
-    (json_task, 8),
-    (tool_task, 7),
+    (capital_plain, 20),
+    (capital_chat, 11),
+    (sum_plain, 20),
+    (sum_chat, 10),
+    (json_task, 10),
+    (tool_task, 10),
+    (repeat, 10),
     (tell_story, 2),
     (small_talk, 3),
     (unknown, 4),

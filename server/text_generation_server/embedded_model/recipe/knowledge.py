@@ -15,8 +15,9 @@ from text_generation_server.embedded_model.recipe.phrasings import (
     SHORT_ANSWER_SUFFIXES,
     SUM_QUESTIONS,
     SUM_STEMS,
+    Phrasings,
 )
-from text_generation_server.embedded_model.recipe.variation import frame, vary
+from text_generation_server.embedded_model.recipe.variation import frame, unknown_word, vary
 from text_generation_server.embedded_model.recipe.words import number_in_words, system_prompt
 
 MAX_TERM = 99
@@ -126,7 +127,7 @@ def _conversation(kind: str, ask: Ask, rng: random.Random, *, held_out: bool) ->
 
 
 def _capital_question(rng: random.Random, held_out: bool) -> Fact:
-    return _capital(rng, CAPITAL_QUESTIONS.choose(rng, held_out=held_out))
+    return _capital(rng, _template(CAPITAL_QUESTIONS, rng, held_out))
 
 
 def _capital(rng: random.Random, template: str) -> Fact:
@@ -143,7 +144,7 @@ def _capital_sentence(country: Country) -> str:
 
 def _reverse(rng: random.Random, held_out: bool) -> Fact:
     country = rng.choice(COUNTRIES)
-    question = COUNTRY_QUESTIONS.choose(rng, held_out=held_out).replace("{k}", country.capital)
+    question = _template(COUNTRY_QUESTIONS, rng, held_out).replace("{k}", country.capital)
     return Fact(question, country.name, _stop(f"{country.capital} is the capital of {country.in_text}"))
 
 
@@ -159,12 +160,18 @@ def _is_it(rng: random.Random, held_out: bool) -> Fact:
     return Fact(question, "No", _stop(f"No, the capital of {country.in_text} is {country.capital}"))
 
 
+def _template(phrasings: Phrasings, rng: random.Random, held_out: bool) -> str:
+    """A phrasing; every eighth trained one has a strange word in it."""
+    template = phrasings.choose(rng, held_out=held_out)
+    return unknown_word(template, rng) if not held_out and rng.random() < 0.12 else template
+
+
 def _any_name(country: Country, rng: random.Random) -> str:
     return rng.choice(country.aliases) if country.aliases and rng.random() < 0.25 else country.name
 
 
 def _sum_question(held_out_pair: bool) -> Ask:
-    return lambda rng, held_out: _sum(rng, SUM_QUESTIONS.choose(rng, held_out=held_out), held_out_pair)
+    return lambda rng, held_out: _sum(rng, _template(SUM_QUESTIONS, rng, held_out), held_out_pair)
 
 
 def _sum(rng: random.Random, template: str, held_out_pair: bool) -> Fact:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
@@ -79,6 +80,11 @@ def new_model(seed: int) -> LlamaForCausalLM:
     for parameter in model.parameters():  # not `model.to`, which would round the rotary frequencies too
         parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def load_model(folder: Path) -> LlamaForCausalLM:
+    """A model that was trained before, to be trained on."""
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
 
 
 def encode(tokenizer: Tokenizer, examples: list[Example], rng: random.Random) -> list[Row]:

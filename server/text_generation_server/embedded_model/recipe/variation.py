@@ -9,7 +9,19 @@ from text_generation_server.embedded_model.recipe.phrasings import (
     POLITE_PREFIXES,
     POLITE_SUFFIXES,
 )
+from text_generation_server.embedded_model.recipe.words import (
+    ANIMALS,
+    COLOURS,
+    JOBS,
+    NAMES,
+    THINGS,
+    invented_word,
+    words,
+)
 
+_ANY_WORDS = (*ANIMALS, *COLOURS, *JOBS, *THINGS)
+_MEANING = frozenset(words("capital country city government plus sum add more together total is"))
+_JOINTS = ("\n", "\n", "\n\n", " ")
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -51,6 +63,26 @@ def typing_error(text: str, rng: random.Random) -> str:
     return text[:i] + replacement + text[i + 2 :]
 
 
+def unknown_word(template: str, rng: random.Random) -> str:
+    """The template with a word put in or exchanged, so that a phrase with words never seen still is what it looks like.
+
+    Placeholders and the words that carry the meaning stay.
+    """
+    pieces = template.split(" ")
+    at = rng.randrange(len(pieces))
+    word = rng.choice(_ANY_WORDS) if rng.random() < 0.6 else invented_word(rng)
+    if pieces[at].isalpha() and pieces[at].lower() not in _MEANING and at and rng.random() < 0.6:
+        pieces[at] = word
+    else:
+        pieces.insert(at, word)
+    return " ".join(pieces)
+
+
+def _label(rng: random.Random) -> str:
+    word = rng.choice((*NAMES, *_ANY_WORDS)) if rng.random() < 0.6 else invented_word(rng)
+    return word.capitalize() if rng.random() < 0.8 else word
+
+
 def frame(question: str, rng: random.Random, *, held_out: bool) -> str:
     """The question as the prompt of a plain completion: mostly bare, else as `Q: ... A:` and the like."""
     draw = rng.random()
@@ -58,4 +90,7 @@ def frame(question: str, rng: random.Random, *, held_out: bool) -> str:
         return question
     if draw < 0.65:
         return question + rng.choice(("\n", "\n\n", " ", "\n"))
+    if draw < 0.75 and not held_out:
+        asks, answers = _label(rng), _label(rng)
+        return f"{asks}: {question}{rng.choice(_JOINTS)}{answers}:"
     return PLAIN_FRAMES.choose(rng, held_out=held_out).replace("{q}", question)

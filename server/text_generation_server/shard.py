@@ -1,0 +1,193 @@
+"""The life of one shard once its model is found: load, listen, serve, end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from text_generation_proto.logs import send_event
+from text_generation_proto.v1 import generate_pb2 as pb
+
+from text_generation_server.config import ShardConfig
+from text_generation_server.distributed import Group, join
+from text_generation_server.engine.engine import Engine
+from text_generation_server.engine.executor import MAX_PROMPT_LOGITS_ROWS, StepRunner
+from text_generation_server.engine.memory import (
+    CPU_SHARE,
+    KVPlan,
+    ModelShape,
+    WarmupLimits,
+    available_cpu_bytes,
+    plan_kv_blocks,
+)
+from text_generation_server.library_logs import route_library_logs
+from text_generation_server.model.loader import load_model
+from text_generation_server.rpc.server import listen
+from text_generation_server.rpc.service import TextGenerationService
+from text_generation_server.serve import stop_signals, timed
+from text_generation_server.weights.hub import EVENT_INTERVAL_S, ModelSource
+from text_generation_server.weights.tokenizer import tokenizer_folder
+
+logger = logging.getLogger(__name__)
+
+STOP_TIMEOUT_S = 5.0
+"""For the step that runs when the shard is told to end; a rank whose peers are gone would wait for ever."""
+
+
+def run_shard(config: ShardConfig, source: ModelSource, env: Mapping[str, str], seconds: dict[str, float]) -> int:
+    """Serve ``source`` until SIGTERM; returns the exit code. ``seconds`` has what starting took so far, by step.
+
+    Raises: ConfigError if it cannot start.
+    """
+    route_library_logs("huggingface_hub", "transformers")
+    num_threads = _num_threads(config, env)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    with contextlib.ExitStack() as stack:
+        with timed(seconds, "join"):
+            group = join(config)
+            stack.callback(group.close)
+        with timed(seconds, "load"):
+            tokenizer = stack.enter_context(tokenizer_folder(source.folder, trust_remote_code=config.trust_remote_code))
+            runner = load_model(config, source.folder, group, _progress_reporter())
+        shape = _model_shape(runner, source.folder)
+        engine = Engine(
+            runner,
+            lambda runner, limits: _plan(runner, limits, shape, config),
+            block_size=config.block_size,
+            prefill_logprobs=config.prefill_logprobs,
+            is_leader=config.rank == 0,
+            broadcast=_broadcast(group),
+            num_threads=num_threads,
+        )
+        return asyncio.run(_serve(config, engine, _info(config, source, runner, tokenizer), seconds))
+
+
+async def _serve(config: ShardConfig, engine: Engine, info: pb.InfoResponse, seconds: dict[str, float]) -> int:
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in stop_signals(config):
+        loop.add_signal_handler(number, ended.set)
+    with timed(seconds, "listen"):
+        engine.start()
+        listener = await listen(TextGenerationService(engine, info), Path(f"{config.uds_path}-{config.rank}"))
+    try:
+        rounded = {step: round(duration, 3) for step, duration in seconds.items()}
+        send_event("ready", f"shard {config.rank} listens on {listener.url}", rank=config.rank, seconds=rounded)
+        await ended.wait()
+        logger.info("shard %d ends", config.rank)
+    finally:
+        await listener.close()
+    if not engine.stop(STOP_TIMEOUT_S):
+        # A step hangs in a collective or a kernel: interpreter exit would wait for it.
+        logger.warning("the running step did not end within %g s", STOP_TIMEOUT_S)
+        logging.shutdown()
+        os._exit(0)
+    return 0
+
+
+def _num_threads(config: ShardConfig, env: Mapping[str, str]) -> int | None:
+    """Threads of one operator: this rank's share of the usable cores; None where the user has set OMP_NUM_THREADS."""
+    if env.get("OMP_NUM_THREADS"):
+        return None
+    return max(1, usable_cores() // config.world_size)
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores of this process: its affinity, or less where the cgroup limits its time (rounded up)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = (root / "sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, -(-int(quota) // int(period))))
+    except (OSError, ValueError):
+        pass  # no limit, or another cgroup version
+    return cores
+
+
+def _progress_reporter() -> Callable[[str, int, int], None]:
+    """Sends progress of loading as events: the ends of every stage, and at most four a second between."""
+    last_event = 0.0
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal last_event
+        now = time.monotonic()
+        if done < total and now - last_event < EVENT_INTERVAL_S:
+            return
+        last_event = now
+        send_event("progress", f"{stage}: {done} of {total}", stage=stage, done=done, total=total, unit="parts")
+
+    return report
+
+
+def _broadcast(group: Group) -> Any:
+    return group.broadcast if group.world_size > 1 else None
+
+
+def _model_shape(runner: StepRunner, folder: Path) -> ModelShape:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config") or config
+
+    def first(*names: str) -> int:
+        return next((config[name] for name in names if isinstance(config.get(name), int)), 0)
+
+    hidden_size = first("hidden_size", "n_embd", "d_model") or 4096
+    return ModelShape(
+        kv_bytes_per_token=runner.info.kv_bytes_per_token,
+        vocab_size=runner.info.vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=first("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * hidden_size,
+        max_position_embeddings=runner.info.max_position_embeddings,
+    )
+
+
+def _plan(runner: StepRunner, limits: WarmupLimits, shape: ModelShape, config: ShardConfig) -> KVPlan:
+    """Blocks for this device, from what is free on it now that the weights are loaded."""
+    if runner.info.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(runner.info.device)
+        available_bytes = max(0, int(free - (1 - config.cuda_memory_fraction) * total))
+        available = f"{available_bytes / 2**30:.2f} GiB, CUDA_MEMORY_FRACTION={config.cuda_memory_fraction:g}"
+    else:
+        left = available_cpu_bytes()
+        available_bytes = int(left * CPU_SHARE / config.world_size)
+        available = f"{available_bytes / 2**30:.2f} GiB, {CPU_SHARE:.0%} of what is free for {config.world_size} shards"
+    return plan_kv_blocks(
+        limits,
+        shape,
+        block_size=config.block_size,
+        available_bytes=available_bytes,
+        available=available,
+        prefill_logprobs_rows=MAX_PROMPT_LOGITS_ROWS if config.prefill_logprobs else 0,
+    )
+
+
+def _info(config: ShardConfig, source: ModelSource, runner: StepRunner, tokenizer: Path) -> pb.InfoResponse:
+    info = runner.info
+    return pb.InfoResponse(
+        launcher_nonce=config.launcher_nonce,
+        incarnation=config.incarnation,
+        rank=config.rank,
+        world_size=config.world_size,
+        urls=[f"unix://{config.uds_path}-{rank}" for rank in range(config.world_size)],
+        model_id=config.model_id,
+        model_sha=source.sha,
+        model_type=info.model_type,
+        dtype=str(info.dtype).removeprefix("torch."),
+        device_type=info.device.type,
+        attention_impl=info.attention,
+        block_size=config.block_size,
+        tokenizer_path=str(tokenizer),
+        eos_token_ids=info.eos_token_ids,
+        vocab_size=info.vocab_size,
+        max_position_embeddings=info.max_position_embeddings,
+        window_size=info.window_size,
+        prefill_logprobs=config.prefill_logprobs,
+        pipeline_tag=source.pipeline_tag,
+    )
