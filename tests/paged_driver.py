@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from torch import Tensor
-
 from text_generation_server.engine.inputs import ForwardInputs
+from torch import Tensor
 
 
 class Runner(Protocol):

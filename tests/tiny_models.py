@@ -120,7 +120,8 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3_next": {**EXPERTS, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"],
                    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
                    "linear_value_head_dim": 8},
-    "dots1": {**{k: v for k, v in MLA.items() if "lora" not in k and "qk_" not in k and k != "v_head_dim"}, "head_dim": 16},
+    "dots1": {"head_dim": 16, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+              "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "diffllama": {"head_dim": 16},
     "vaultgemma": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 20,
                    "layer_types": ["sliding_attention", "full_attention"]},
@@ -194,7 +195,7 @@ def write_tokenizer(folder: Path) -> None:
          "normalized": False}
         for i, text in enumerate(special)
     ]  # fmt: skip
-    tokenizer = {
+    tokenizer: dict[str, Any] = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
         "post_processor": None,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import datetime
 import logging
+import os
+import socket
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +16,8 @@ from torch import Tensor
 from text_generation_server.config import ConfigError, ShardConfig
 
 logger = logging.getLogger(__name__)
+
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 JOIN_TIMEOUT = datetime.timedelta(minutes=5)
 """For all ranks to meet, and for a peer in a collective: past it a rank fails, and the launcher restarts the group."""
@@ -75,26 +80,40 @@ def join(config: ShardConfig) -> Group:
     if config.world_size == 1:
         return Group(0, 1, device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    address = "127.0.0.1" if config.master_addr == "localhost" else config.master_addr
     try:
-        store = dist.TCPStore(
-            address, config.master_port, config.world_size, is_master=config.rank == 0, timeout=JOIN_TIMEOUT
-        )
         dist.init_process_group(
             backend,
-            store=store,
+            store=_meeting_place(config),
             rank=config.rank,
             world_size=config.world_size,
             timeout=JOIN_TIMEOUT,
             device_id=device if backend == "nccl" else None,
         )
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
             f"shard {config.rank} of {config.world_size} could not join its peers: {first_line}"
         ) from error
     logger.info("rank %d of %d joined over %s", config.rank, config.world_size, backend)
     return Group(config.rank, config.world_size, device)
+
+
+def _meeting_place(config: ShardConfig) -> Any:
+    """The store that rank 0 keeps. Ranks of one node meet on the loopback interface, which no other machine reaches.
+
+    Left to itself the store listens on every interface, and anybody who reaches it can write to it; so rank 0 listens
+    on its own socket and hands it over.
+    """
+    on_loopback = config.master_addr in LOOPBACK
+    address = "127.0.0.1" if on_loopback else config.master_addr
+    if on_loopback:
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, "lo")
+    listening: dict[str, Any] = {}
+    if config.rank == 0:
+        with socket.create_server((address, config.master_port), backlog=config.world_size * 4) as server:
+            listening["master_listen_fd"] = server.detach()  # the store closes it
+    return dist.TCPStore(address, config.master_port, config.world_size, config.rank == 0, JOIN_TIMEOUT, **listening)  # type: ignore[attr-defined]
 
 
 def alone(device: torch.device | None = None) -> Group:

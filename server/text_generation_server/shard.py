@@ -29,12 +29,14 @@ from text_generation_server.engine.memory import (
     plan_kv_blocks,
 )
 from text_generation_server.library_logs import route_library_logs
+from text_generation_server.model.bridge import LAYER_ATTRIBUTE
 from text_generation_server.model.loader import load_model
+from text_generation_server.model.transformers_runner import TransformersRunner
 from text_generation_server.rpc.server import listen
 from text_generation_server.rpc.service import TextGenerationService
 from text_generation_server.serve import stop_signals, timed
 from text_generation_server.weights.hub import EVENT_INTERVAL_S, ModelSource
-from text_generation_server.weights.tokenizer import tokenizer_folder
+from text_generation_server.weights.tokenizer import tokenizer_eos_ids, tokenizer_folder
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +70,7 @@ def run_shard(config: ShardConfig, source: ModelSource, env: Mapping[str, str], 
             broadcast=_broadcast(group),
             num_threads=num_threads,
         )
+        _beat(runner, engine)
         return asyncio.run(_serve(config, engine, _info(config, source, runner, tokenizer), seconds))
 
 
@@ -127,6 +130,13 @@ def _progress_reporter() -> Callable[[str, int, int], None]:
     return report
 
 
+def _beat(runner: TransformersRunner, engine: Engine) -> None:
+    """Make every layer a sign of progress: a long prefill is no hang."""
+    for module in runner.model.modules():
+        if hasattr(module, LAYER_ATTRIBUTE):
+            module.register_forward_hook(lambda *_: engine.note_progress())
+
+
 def _broadcast(group: Group) -> Any:
     return group.broadcast if group.world_size > 1 else None
 
@@ -184,7 +194,7 @@ def _info(config: ShardConfig, source: ModelSource, runner: StepRunner, tokenize
         attention_impl=info.attention,
         block_size=config.block_size,
         tokenizer_path=str(tokenizer),
-        eos_token_ids=info.eos_token_ids,
+        eos_token_ids=info.eos_token_ids or tokenizer_eos_ids(tokenizer),
         vocab_size=info.vocab_size,
         max_position_embeddings=info.max_position_embeddings,
         window_size=info.window_size,

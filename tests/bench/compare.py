@@ -113,8 +113,9 @@ def compare(names: list[str], workload: Workload, places: Places, port: int, out
             try:
                 run_round(run, name, round_number, places, port)
             except (ServerFailed, WrongLength) as error:
-                run.failures.append(f"round {round_number}, {name}: {error}")
-                print(run.failures[-1], file=sys.stderr)
+                print(f"round {round_number}, {name}: {error}", file=sys.stderr)
+                # The server's log stays out of the record: it names places on this machine.
+                run.failures.append(f"round {round_number}, {name}: {str(error).splitlines()[0]}")
             write_results(asdict(run), output)
     return run
 

@@ -162,12 +162,12 @@ def wait_until_ready(server: Server, within_s: float) -> None:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
-            raise ServerFailed(f"exit code {server.process.returncode} before it was ready; {last_words(server)}")
+            raise ServerFailed(f"exit code {server.process.returncode} before it was ready\n{last_words(server)}")
         with suppress(OSError), urllib.request.urlopen(f"{server.url}/health", timeout=5) as answer:
             if answer.status == 200:
                 return
         time.sleep(0.1)
-    raise ServerFailed(f"not ready within {within_s} s; {last_words(server)}")
+    raise ServerFailed(f"not ready within {within_s} s\n{last_words(server)}")
 
 
 def last_words(server: Server, num_lines: int = 30) -> str:

@@ -104,7 +104,7 @@ def trouble(run: Record) -> list[str]:
         for report in run["reports"]
         if report["errors"]
     ]
-    lines += [f"- {failure.splitlines()[0]}" for failure in run["failures"]]
+    lines += [f"- {failure}" for failure in run["failures"]]
     busy = max((start["machine_busy_before_percent"] for start in run["starts"]), default=0)
     if busy > 10:
         lines.append(f"- other programs used up to {busy:.0f} % of the processor before a server was started")

@@ -57,7 +57,8 @@ class ShardClient:
     async def open_steps(self, on_result: Callable[[pb.StepResult], None], on_end: Callable[[str], None]) -> None:
         """Open the step stream; a stream that was open before is cancelled without a call to its ``on_end``."""
         await self.close_steps()
-        self._steps = self._stub.Steps(wait_for_ready=True)
+        # No waiting here: a shard that is gone must be noticed, and `clear_cache` has just shown that it is there.
+        self._steps = self._stub.Steps()
         self._reader = asyncio.create_task(self._read(self._steps, on_result, on_end), name=f"steps {self.url}")
 
     async def _read(

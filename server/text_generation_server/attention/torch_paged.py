@@ -10,6 +10,7 @@ E value width, L keys read, N queries of one prompt chunk, B blocks.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -118,9 +119,8 @@ class TorchPaged:
         first, last = start // self.block_size, -(-stop // self.block_size)
         blocks = table[first:last]
         offset = start - first * self.block_size
-        consecutive = all(right - left == 1 for left, right in zip(blocks, blocks[1:], strict=False))
-        span = Span(start, stop, offset, blocks, blocks[0] * self.block_size + offset if consecutive else None)
-        return span
+        consecutive = all(right - left == 1 for left, right in itertools.pairwise(blocks))
+        return Span(start, stop, offset, blocks, blocks[0] * self.block_size + offset if consecutive else None)
 
     def _decode_groups(self, spans: list[Span]) -> list[DecodeGroup]:
         rows = list(range(len(spans)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from text_generation_server.config import ConfigError, ShardConfig
 from text_generation_server.distributed import Group, alone
 from text_generation_server.engine.kv_cache import bytes_per_token
 from text_generation_server.model import bridge, checkpoint, parallel, probe
-from text_generation_server.model.swaps import table as swaps
 from text_generation_server.model.bridge import Unservable
 from text_generation_server.model.dtypes import resolve_dtype
 from text_generation_server.model.runner import ModelInfo
+from text_generation_server.model.swaps import table as swaps
 from text_generation_server.model.transformers_runner import TransformersRunner
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ def load_model(
     try:
         return _prepare(config, folder, raw, model_type, model, dtype, group, progress, frozenset(without_swaps))
     except Unservable as reason:
-        raise _refused(model_type, str(reason)) from reason
+        split = f" when split over {group.world_size} shards; try --num-shard 1" if group.world_size > 1 else ""
+        raise _refused(model_type, f"{reason}{split}") from reason
 
 
 def _refused(model_type: str, reason: str) -> ConfigError:
@@ -199,10 +200,11 @@ def max_positions(text_config: Any) -> int:
             limit = value
             break
     rope = getattr(text_config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        original = rope.get("original_max_position_embeddings") or getattr(
-            text_config, "original_max_position_embeddings", None
-        )
+    for scaling in (rope, *(each for each in rope.values() if isinstance(each, dict))):  # one, or one by layer type
+        if scaling.get("rope_type") != "longrope":
+            continue
+        original = scaling.get("original_max_position_embeddings")
+        original = original or getattr(text_config, "original_max_position_embeddings", None)
         if isinstance(original, int) and 0 < original < limit:
             logger.warning("longrope: sequences are limited to the original %d positions of %d", original, limit)
             return original
@@ -247,7 +249,7 @@ class _Bar:
         self._iterable = iterable
         self._what = str(options.get("desc") or "loading")
         self._done = 0
-        self._total = options.get("total") or (len(iterable) if hasattr(iterable, "__len__") else 0)
+        self._total = int(options.get("total") or (len(iterable) if isinstance(iterable, Sized) else 0))
         self._step = max(1, self._total // 100)
 
     def __iter__(self) -> Iterator[Any]:

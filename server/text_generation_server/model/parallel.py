@@ -9,6 +9,7 @@ where the plan joins the ranks again.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -32,8 +33,8 @@ class RowParallelLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, group: Group, *, splits_input: bool) -> None:
         super().__init__()
-        self.bias = linear.bias
-        linear.bias = None
+        self.bias: Tensor | None = linear.bias
+        linear.register_parameter("bias", None)
         self.linear = linear
         self.group = group
         self.out_features, local_features = linear.weight.shape
@@ -54,7 +55,7 @@ class GatheredLinear(nn.Module):
     def __init__(self, linear: nn.Linear, group: Group) -> None:
         super().__init__()
         starts = shard_starts(linear.out_features, group.world_size)
-        self.sizes = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+        self.sizes = [stop - start for start, stop in itertools.pairwise(starts)]
         self.in_features, self.out_features = linear.in_features, linear.out_features
         linear.out_features = linear.weight.shape[0]
         self.linear = linear

@@ -166,9 +166,9 @@ def verify(forward: Callable[[ForwardInputs], Tensor], expected: Reference, *, b
             logits = logits[row.stop - row.start :]
     errors = torch.cat([_row_errors(torch.cat(ours), own) for ours, own in zip(rows, expected.logits, strict=True)])
     # In a short float a near-tie in a router sends single tokens elsewhere; a real mismatch shows in most rows.
-    error = float(errors.max() if expected.dtype == torch.float32 else errors.mean())
-    if not error <= TOLERANCE[expected.dtype]:
-        raise Unservable(f"{what} gives other logits than the model's own attention (relative error {error:.2g})")
+    distance = float(errors.max() if expected.dtype == torch.float32 else errors.mean())
+    if not distance <= TOLERANCE[expected.dtype]:
+        raise Unservable(f"{what} gives other logits than the model's own attention (relative error {distance:.2g})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +248,8 @@ def _token_ids(length: int, vocab_size: int, seed: int, device: torch.device) ->
 def _row_errors(ours_TV: Tensor, theirs_TV: Tensor) -> Tensor:
     """Distance of each row relative to the spread of the reference row; [T]. Rows that are not finite count as 1e9."""
     spread = (theirs_TV - theirs_TV.mean(-1, keepdim=True)).norm(dim=-1).clamp_min(1e-6)
-    return ((ours_TV - theirs_TV).norm(dim=-1) / spread).nan_to_num(1e9, 1e9, 1e9)
+    errors: Tensor = (ours_TV - theirs_TV).norm(dim=-1) / spread
+    return errors.nan_to_num(1e9, 1e9, 1e9)
 
 
 def _first_line(error: BaseException) -> str:

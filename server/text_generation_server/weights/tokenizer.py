@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -41,3 +42,19 @@ def _convert(folder: Path, target: Path, *, trust_remote_code: bool) -> None:
         ) from error
     if not (target / "tokenizer.json").is_file():
         raise ConfigError("the model has no tokenizer.json, and transformers has no fast form of its tokenizer")
+
+
+def tokenizer_eos_ids(folder: Path) -> tuple[int, ...]:
+    """What the tokenizer calls the end of a sequence: for a model whose configuration names no such id."""
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        token = settings["eos_token"]
+        content = token["content"] if isinstance(token, dict) else token
+        if not isinstance(content, str):
+            return ()
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+    from tokenizers import Tokenizer
+
+    token_id = Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id(content)
+    return () if token_id is None else (token_id,)

@@ -1,1 +1,1 @@
-"""Modules of the library replaced by faster equals. ``table.py`` lists them; each is checked against what it replaces."""
+"""Modules of the library replaced by faster equals. ``table.py`` lists them, and checks each against the original."""

@@ -44,8 +44,7 @@ def can_pack(weight: Tensor) -> bool:
     return (
         weight.device.type == "cpu"
         and weight.dtype in (torch.bfloat16, torch.float32)
-        and torch.backends.mkldnn.is_available()
-        and weight.is_floating_point()
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     )
 
 
@@ -71,6 +70,6 @@ def fuse(modules: list[nn.Module]) -> nn.Linear | None:
         return None
     fused = nn.Linear(1, 1, bias=False, device="meta")
     fused.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
-    fused.bias = nn.Parameter(torch.cat(given), requires_grad=False) if given else None
+    fused.register_parameter("bias", nn.Parameter(torch.cat(given), requires_grad=False) if given else None)
     fused.out_features, fused.in_features = fused.weight.shape
     return fused

@@ -35,10 +35,7 @@ def replace(module: nn.Module) -> nn.Module | None:
         own = module(x)
         for candidate in (weight.detach(), (weight.detach().float() + 1).to(weight.dtype)):
             fast = FastRMSNorm(candidate, eps)
-            if own.dtype == x.dtype and torch.allclose(fast(x).float(), own.float(), **_tolerance(x.dtype)):
+            error = (fast(x).float() - own.float()).abs().max()
+            if own.dtype == x.dtype and error <= (1e-5 if x.dtype == torch.float32 else 3e-2):
                 return fast
     return None
-
-
-def _tolerance(dtype: torch.dtype) -> dict[str, float]:
-    return {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
