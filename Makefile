@@ -57,5 +57,24 @@ proto-check: install
 		cmp "$$file" "proto/text_generation_proto/v1/$$(basename "$$file")" || { echo "stale: run 'make proto'"; exit 1; }; \
 	done; echo "proto-check: generated files are up to date"
 
+# Against vLLM for CPU and transformers serve, in environments of their own; minutes on a quiet machine. BENCH holds
+# what is made for it (a random model, the peers) and is kept between runs.
+BENCH ?= .bench
+BENCH_SERVERS ?= ours,vllm,transformers
+
+$(BENCH)/model: $(VENV)/.installed
+	$(BIN)/python tests/bench/make_model.py --output $@
+
+$(BENCH)/peers: $(VENV)/.installed
+	$(BIN)/python tests/bench/make_peers.py --output $@
+
+bench: install $(BENCH)/model $(BENCH)/peers
+	$(BIN)/python tests/bench/compare.py --model $(BENCH)/model --peers $(BENCH)/peers --servers $(BENCH_SERVERS) \
+		--concurrency 1,8,32 --prompt-tokens 128 --output-tokens 64 --rounds 3 --output docs/
+	$(BIN)/python tests/bench/router_bench.py --model $(BENCH)/model
+
+docker-lint: install
+	$(BIN)/hadolint docker/Dockerfile
+
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -20,7 +20,7 @@ def serve(config: ShardConfig, env: Mapping[str, str]) -> int:
     _handle_signals(config)
     seconds: dict[str, float] = {}
     with timed(seconds, "find"):
-        source = find_model(config.model_id, config.revision, env)
+        source = find_model(config.model_id, config.revision, env, trust_remote_code=config.trust_remote_code)
         check_folder(source.folder)
     with timed(seconds, "import"):
         from text_generation_server.shard import run_shard

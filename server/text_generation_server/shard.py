@@ -35,7 +35,8 @@ from text_generation_server.model.transformers_runner import TransformersRunner
 from text_generation_server.rpc.server import listen
 from text_generation_server.rpc.service import TextGenerationService
 from text_generation_server.serve import stop_signals, timed
-from text_generation_server.weights.hub import EVENT_INTERVAL_S, ModelSource
+from text_generation_server.weights.download import EVENT_INTERVAL_S
+from text_generation_server.weights.hub import ModelSource
 from text_generation_server.weights.tokenizer import tokenizer_eos_ids, tokenizer_folder
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,8 @@
 """Makes the embedded model: `python -m text_generation_server.embedded_model.build --output DIR`.
 
 Everything is generated and seeded, nothing is downloaded. Two CPU cores take an hour; an accelerator is used if there
-is one, and takes minutes for the same number of `--steps`.
+is one, and takes minutes for the same number of `--steps`. On a CPU that others use too, set `OMP_WAIT_POLICY=PASSIVE`:
+threads that spin while they wait for one another make a step ten times as long there.
 """
 
 import argparse
@@ -53,7 +54,9 @@ def main() -> None:
     scores = Evaluator(output).scores(arguments.examples_per_set)
     minutes = (time.monotonic() - started) / 60
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    measured = Measured(scores, arguments.examples_per_set, parameters, steps, minutes, arguments.seed, where)
+    measured = Measured(
+        scores, arguments.examples_per_set, parameters, steps, minutes, arguments.seed, where, arguments.remark
+    )
     write_model_card(output, measured)
     for name, score in scores.items():
         print(f"{score:7.1%}  {name}")
@@ -88,6 +91,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--continue-from", type=Path, help="a model folder to start from, with its tokenizer")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--remark", default="", help="a sentence for the model card, on an earlier run say")
     parser.add_argument("--report-every", type=float, default=180, help="seconds between checkpoints with quick scores")
     parser.add_argument("--examples-per-set", type=int, default=300, help="examples in each row of the model card")
     return parser.parse_args()

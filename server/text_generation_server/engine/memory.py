@@ -108,12 +108,12 @@ def _largest_step_bytes(limits: WarmupLimits, shape: ModelShape, prefill_logprob
 
     At one time a layer holds the residual stream, the norm's result, queries, keys, values and the attention's result
     (8 hidden sizes, generously), then gate, up, their product and a copy (4 intermediate sizes). Sampling holds the
-    logits, their exponentials and the filters' copies: 4 times the logits.
+    logits, their exponentials and what the filters make of them in float64: 10 times the logits.
     """
     tokens = _prefill_tokens(limits)
     activations = tokens * (8 * shape.hidden_size + 4 * shape.intermediate_size) * 4
     rows = min(limits.max_batch_size or limits.max_concurrent_requests or 128, limits.max_concurrent_requests or 2**31)
-    logits = (rows + prefill_logprobs_rows) * shape.vocab_size * 4 * 4
+    logits = (rows + prefill_logprobs_rows) * shape.vocab_size * 4 * 10
     return activations + logits
 
 

@@ -43,6 +43,10 @@ class RowParallelLinear(nn.Module):
         self.slice = slice(starts[group.rank], starts[group.rank + 1]) if splits_input else None
         linear.in_features = local_features
 
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.linear(x if self.slice is None else x[..., self.slice])
         out = self.group.all_reduce(out.contiguous())
@@ -60,6 +64,10 @@ class GatheredLinear(nn.Module):
         linear.out_features = linear.weight.shape[0]
         self.linear = linear
         self.group = group
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
 
     def forward(self, x: Tensor) -> Tensor:
         return self.group.all_gather_last(self.linear(x), self.sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
@@ -19,6 +20,8 @@ from text_generation_server.engine.memory import DoesNotFit
 from text_generation_server.engine.steps import Step, StepResult
 from text_generation_server.errors import InvalidStep, ShardError
 from text_generation_server.rpc import convert
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -66,8 +69,10 @@ class TextGenerationService(pb_grpc.TextGenerationServicer):
             try:
                 async for request in requests:
                     await outstanding.put(self._submit(partial(convert.step_from_proto, request), request))
-            finally:
-                await outstanding.put(None)
+            except Exception as error:
+                # A request that cannot be read, or a peer that is gone: what came before it is still answered.
+                logger.warning("the step stream broke: %s", error)
+            await outstanding.put(None)
 
         reader = asyncio.create_task(read(), name="read steps")
         try:

@@ -15,7 +15,8 @@ import pytest
 from fake_hub import SHA, FakeHub, Repository, served
 from huggingface_hub.errors import LocalEntryNotFoundError
 from text_generation_server.config import ConfigError
-from text_generation_server.weights.hub import _explained, choose_files, find_model
+from text_generation_server.weights.download import explained
+from text_generation_server.weights.hub import choose_files, find_model
 
 WEIGHTS = bytes(range(256)) * 4000
 FILES = {
@@ -146,7 +147,7 @@ def test_what_cannot_be_downloaded_is_one_line_with_a_remedy(
 def test_a_hub_that_cannot_be_reached_is_one_line_too() -> None:
     # Not through a real download: the library itself tries for half a minute.
     message = r"cannot be reached .*ConnectError: refused.*check the network"
-    with pytest.raises(ConfigError, match=message), _explained("org/model", None, has_token=False):
+    with pytest.raises(ConfigError, match=message), explained("org/model", None, has_token=False):
         raise LocalEntryNotFoundError("long story") from httpx2.ConnectError("refused")
 
 

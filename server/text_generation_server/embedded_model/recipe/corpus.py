@@ -38,12 +38,13 @@ HELD_OUT: dict[str, Maker] = {
     "sums, new numbers, chat": lambda rng: sum_chat(rng, held_out_pair=True),
     "sums, both new, completion": lambda rng: sum_plain(rng, held_out=True, held_out_pair=True),
     "sums, both new, chat": lambda rng: sum_chat(rng, held_out=True, held_out_pair=True),
+    "repeat": repeat,
     "JSON": json_task,
     "tools": tool_task,
     "talk": small_talk,
     "unknown": unknown,
 }
-"""The evaluation, a row of the model card each. The last four draw new values for trained templates, no new wording."""
+"""The evaluation, a row of the model card each. The last five draw new values for trained templates, no new wording."""
 
 
 def stream(seed: int) -> Iterator[Example]:

@@ -30,6 +30,7 @@ class Measured:
     minutes: float
     seed: int
     device: str
+    remark: str
 
 
 def write_model_card(folder: Path, measured: Measured) -> None:
@@ -66,9 +67,9 @@ library_name: transformers
 
 A tiny model that ships with text-generation-inference, so that the server answers within seconds of its first start,
 offline, and tests have a real model. It knows the capitals of {len(COUNTRIES)} countries and sums of numbers up to 99,
-as a plain completion and in chat. It tells a short story, says who it is, fills a small JSON schema, calls a simple
-tool and puts the tool's result into words. To everything else it says that it does not know. It is wrong at times,
-and nobody should rely on it.
+as a plain completion and in chat. It tells a short story, says who it is, repeats a text, fills a small JSON schema,
+calls a simple tool and puts the tool's result into words. To everything else it says that it does not know. It is
+wrong at times, and nobody should rely on it.
 
 | | |
 |---|---|
@@ -86,8 +87,8 @@ and nobody should rely on it.
 Greedy decoding in bf16, {measured.examples_per_set} examples a row. An answer is right when it holds the expected
 name, number or JSON and ends by itself. *New phrasings* are templates that were never trained on, *new numbers* are
 pairs that were never trained on, in either order. Both come with the noise of the training data: lower and upper case,
-missing question marks, typing errors, greetings, `Q: ... A:` frames, system prompts, earlier turns. The rows JSON,
-tools, talk and unknown draw new values for trained templates.
+missing question marks, typing errors, greetings, `Q: ... A:` frames, system prompts, earlier turns. The rows repeat,
+JSON, tools, talk and unknown draw new values for trained templates.
 
 | Evaluation set | Right |
 |---|---|
@@ -102,7 +103,7 @@ The corpus is generated: templates for capitals
 JSON and tools whose names and values are mostly random, so that the model has to copy them. The loss is on the answers.
 
 This model: seed {measured.seed}, {measured.steps:,} steps of {EXAMPLES_PER_STEP} examples, {measured.minutes:.0f}
-minutes on {measured.device}.
+minutes on {measured.device}. {measured.remark}
 
 ## Limits
 

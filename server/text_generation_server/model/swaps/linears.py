@@ -15,6 +15,7 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self.dtype, self.device = weight.dtype, weight.device
         self.packed: Tensor
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
         self.register_buffer("packed", packed, persistent=False)
@@ -23,6 +24,11 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
         return out
+
+    @property
+    def weight(self) -> Tensor:
+        """Shape, dtype and device only, for models that ask their layers for them: zeros that occupy nothing."""
+        return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.out_features, self.in_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

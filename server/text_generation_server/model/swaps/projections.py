@@ -45,6 +45,12 @@ class Part(nn.Module):
         self.in_features = shared.fused.in_features
         self.out_features = shared.sizes[index]
 
+    @property
+    def weight(self) -> Tensor:
+        """As in `PackedLinear`: for shape, dtype and device."""
+        whole = self.shared.fused.weight
+        return whole.new_zeros(()).expand(self.out_features, self.in_features)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.shared.part(x, self.index)
 

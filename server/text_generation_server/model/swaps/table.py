@@ -70,7 +70,9 @@ def apply(
         if "projections" not in left_out:
             counts["projections"] = sum(projections.replace_children(module) for module in list(model.modules()))
         if "linears" not in left_out:
-            counts["linears"] = _replace(model, linears.pack)
+            # Only layers that are called: of others the model reads the weight itself.
+            called = _record(model, [module for module in model.modules() if linears.plain_weights(module)], run)
+            counts["linears"] = _replace(model, lambda module: linears.pack(module) if module in called else None)
     gc.collect()
     logger.info("swapped modules: %s", ", ".join(f"{count} {name}" for name, count in counts.items() if count))
     return counts

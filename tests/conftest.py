@@ -1,0 +1,48 @@
+"""What tests of several folders share: tiny model folders, and servers that run for the whole session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from integration.launched import Launched, serving
+
+MakeModel = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """Makes the folder of a tiny random model, each one once: ``tiny_model("llama", num_hidden_layers=1)``."""
+    made: dict[str, Path] = {}
+
+    def make(model_type: str, **changes: Any) -> Path:
+        key = f"{model_type} {sorted(changes.items())}"
+        if key not in made:
+            from tiny_models import make_tiny_model
+
+            made[key] = make_tiny_model(model_type, tmp_path_factory.mktemp(model_type), **changes)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def embedded() -> Iterator[Launched]:
+    """A server of the embedded model, with every flag at its default."""
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_model: MakeModel) -> Path:
+    """The model of `tiny`."""
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_llama: Path) -> Iterator[Launched]:
+    """A server of a tiny random model in float32, whose tokens `transformers` can be asked for."""
+    with serving("--model-id", str(tiny_llama), "--enable-prefill-logprobs") as server:
+        yield server

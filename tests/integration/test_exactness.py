@@ -1,0 +1,75 @@
+"""Greedy tokens through HTTP, router, gRPC and shards equal `transformers` `generate()`, token for token."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from integration.asking import answer_of, body, token_ids, wait_until_idle
+from integration.launched import Launched, serving
+from integration.reference import NUM_NEW_TOKENS, Reference, prompts
+from tiny_models import PROMISED
+
+ARRIVE_WITHIN_S = 0.4
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "as it comes": (),
+    "prompts in chunks of 16 tokens": ("--max-batch-prefill-tokens", "16"),
+    "no module swapped": (),
+    "two shards": ("--num-shard", "2"),
+}
+UNSPLIT = frozenset({"gpt2", "stablelm"})
+"""Promised types that `transformers` has no tensor-parallel plan for."""
+
+
+async def all_at_once(server: Launched) -> list[list[int]]:
+    """Sixteen requests at random moments, so that prompts join a batch that is under way."""
+    rng = random.Random(1)
+
+    async def ask(prompt: str, max_new_tokens: int, after_s: float) -> list[int]:
+        await asyncio.sleep(after_s)
+        return token_ids(await answer_of(server, "/generate", body(prompt, max_new_tokens=max_new_tokens)))
+
+    jobs = zip(prompts(), NUM_NEW_TOKENS, strict=True)
+    return await asyncio.gather(*(ask(*job, rng.uniform(0, ARRIVE_WITHIN_S)) for job in jobs))
+
+
+def assert_exact(server: Launched, folder: Path) -> None:
+    reference = Reference(folder)
+    expected = [reference.greedy(*job) for job in zip(prompts(), NUM_NEW_TOKENS, strict=True)]
+    assert asyncio.run(all_at_once(server)) == expected
+    wait_until_idle(server)
+
+
+def check(folder: Path, variant: str) -> None:
+    environ = {"TGI_SWAPS": "0"} if variant == "no module swapped" else {}
+    with serving("--model-id", str(folder), *VARIANTS[variant], **environ) as server:
+        assert_exact(server, folder)
+
+
+def test_sixteen_at_once_of_a_llama(tiny: Launched, tiny_llama: Path) -> None:
+    assert_exact(tiny, tiny_llama)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "variant"),
+    [
+        pytest.param("mistral", "prompts in chunks of 16 tokens", id="a window shorter than the prompt, in chunks"),
+        pytest.param("gpt2", "no module swapped", id="gpt2 with its own modules"),
+        pytest.param("qwen3_moe", "as it comes", id="a mixture of experts"),
+        pytest.param("llama", "two shards", id="a llama on two shards"),
+    ],
+)
+def test_sixteen_at_once(tiny_model: Callable[[str], Path], model_type: str, variant: str) -> None:
+    check(tiny_model(model_type), variant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model_type", PROMISED)
+def test_every_promised_type_in_every_way(tiny_model: Callable[[str], Path], model_type: str, variant: str) -> None:
+    if variant == "two shards" and model_type in UNSPLIT:
+        variant = "as it comes"  # that two shards are refused is told in test_refusals.py
+    check(tiny_model(model_type), variant)

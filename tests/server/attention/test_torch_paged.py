@@ -1,0 +1,184 @@
+"""Paged attention against the obvious one: each sequence alone, all scores written out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+
+import pytest
+import torch
+from text_generation_server.attention.interface import LayerSpec
+from text_generation_server.attention.torch_paged import TorchPaged
+from text_generation_server.engine.inputs import ForwardInputs
+from text_generation_server.engine.kv_cache import KVCache
+from torch import Tensor
+
+BLOCK_SIZE = 4
+PLAIN = LayerSpec(query_heads=4, kv_heads=2, key_dim=8, value_dim=8)
+
+DECODE_ONE = [(7, 1)]
+DECODE_TWO = [(7, 1), (16, 1)]
+DECODE_MANY = [(3, 1), (16, 1), (9, 1), (30, 1)]
+FRESH = [(0, 9), (0, 1), (0, 16)]
+CONTINUED = [(5, 6), (12, 3), (0, 5)]
+MIXED = [(7, 1), (20, 1), (3, 1), (0, 9), (13, 8)]
+"""Rows of a step: (tokens already cached, new tokens)."""
+
+
+def obvious(
+    query_HND: Tensor,
+    keys_KLD: Tensor,
+    values_KLE: Tensor,
+    layer: LayerSpec,
+    scaling: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The last N of L positions attend; [N, H, E]."""
+    each = layer.query_heads // layer.kv_heads
+    keys, values = keys_KLD.repeat_interleave(each, 0), values_KLE.repeat_interleave(each, 0)
+    scores = query_HND @ keys.transpose(1, 2) * scaling
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    num_queries, num_keys = scores.shape[1:]
+    for query in range(num_queries):
+        position = num_keys - num_queries + query
+        for key in range(num_keys):
+            hidden = key > position
+            hidden |= bool(layer.window) and key <= position - layer.window
+            hidden |= bool(layer.chunk) and key // layer.chunk != position // layer.chunk
+            if hidden:
+                scores[:, query, key] = -math.inf
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.view(-1, 1, 1).expand(-1, num_queries, 1)), -1)
+    return (scores.softmax(-1)[..., :num_keys] @ values).transpose(0, 1)
+
+
+def check(
+    layer: LayerSpec,
+    rows: list[tuple[int, int]],
+    *,
+    softcap: float = 0.0,
+    sinks: bool = False,
+    consecutive: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    contexts = [cached + new for cached, new in rows]
+    counts = [-(-context // BLOCK_SIZE) for context in contexts]
+    free = list(range(1, sum(counts) + 1))
+    if not consecutive:
+        rng.shuffle(free)
+    tables = [[free.pop(0) for _ in range(count)] for count in counts]
+    cpu = torch.device("cpu")
+    cache = KVCache([layer], num_blocks=sum(counts), block_size=BLOCK_SIZE, dtype=dtype, device=cpu)
+    queries = [torch.randn(layer.query_heads, new, layer.key_dim, dtype=dtype) for _, new in rows]
+    keys = [torch.randn(layer.kv_heads, context, layer.key_dim, dtype=dtype) for context in contexts]
+    values = [torch.randn(layer.kv_heads, context, layer.value_dim, dtype=dtype) for context in contexts]
+    slots = []
+    for (cached, new), table, key, value in zip(rows, tables, keys, values, strict=True):
+        places = [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(cached + new)]
+        cache.layers[0].keys_KSD[:, places[:cached]] = key[:, :cached]
+        cache.layers[0].values_KSE[:, places[:cached]] = value[:, :cached]
+        slots += places[cached:]
+    inputs = ForwardInputs(
+        input_ids_T=torch.zeros(len(slots), dtype=torch.int64),
+        position_ids_T=torch.cat([torch.arange(cached, cached + new) for cached, new in rows]),
+        slots_T=torch.tensor(slots),
+        num_decode_rows=sum(new == 1 and cached > 0 for cached, new in rows),
+        query_lens=[new for _, new in rows],
+        context_lens=contexts,
+        block_tables=[[*table, 0, 0] for table in tables],  # a table may be longer than its context
+        logits_indices_L=torch.zeros(1, dtype=torch.int64),
+    )
+    sinks_H = torch.randn(layer.query_heads) if sinks else None
+    backend = TorchPaged(layers=[layer], block_size=BLOCK_SIZE, dtype=dtype, device=cpu)
+    out_THE = backend.attend(
+        backend.prepare(inputs),
+        layer,
+        cache.layers[0],
+        torch.cat(queries, 1),
+        torch.cat([key[:, cached:] for (cached, _), key in zip(rows, keys, strict=True)], 1),
+        torch.cat([value[:, cached:] for (cached, _), value in zip(rows, values, strict=True)], 1),
+        scaling=0.3,
+        softcap=softcap,
+        sinks_H=sinks_H,
+    )
+    expected = torch.cat(
+        [
+            obvious(query.float(), key.float(), value.float(), layer, 0.3, softcap, sinks_H)
+            for query, key, value in zip(queries, keys, values, strict=True)
+        ]
+    )
+    assert out_THE.shape == (len(slots), layer.query_heads, layer.value_dim)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(out_THE.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+ROWS = [
+    pytest.param(DECODE_ONE, id="one decode row"),
+    pytest.param(DECODE_TWO, id="two decode rows"),
+    pytest.param(DECODE_MANY, id="many decode rows"),
+    pytest.param(FRESH, id="fresh prompts"),
+    pytest.param(CONTINUED, id="continued chunks"),
+    pytest.param(MIXED, id="decode rows and chunks"),
+]
+LAYERS = [
+    pytest.param(PLAIN, id="grouped heads"),
+    pytest.param(dataclasses.replace(PLAIN, kv_heads=4), id="one kv head per query head"),
+    pytest.param(dataclasses.replace(PLAIN, kv_heads=1), id="one kv head for all"),
+    pytest.param(dataclasses.replace(PLAIN, value_dim=6), id="values narrower than keys"),
+    pytest.param(dataclasses.replace(PLAIN, window=5), id="sliding window"),
+    pytest.param(dataclasses.replace(PLAIN, window=1), id="window of itself"),
+    pytest.param(dataclasses.replace(PLAIN, chunk=6), id="chunked"),
+]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_it_equals_attention_written_out(layer: LayerSpec, rows: list[tuple[int, int]]) -> None:
+    check(layer, rows)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("window", [0, 5])
+def test_soft_caps_and_sinks_are_honoured(rows: list[tuple[int, int]], window: int) -> None:
+    layer = dataclasses.replace(PLAIN, window=window)
+    check(layer, rows, softcap=1.5)
+    check(layer, rows, sinks=True)
+    check(layer, rows, softcap=1.5, sinks=True)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_consecutive_blocks_are_read_in_place(rows: list[tuple[int, int]]) -> None:
+    check(PLAIN, rows, consecutive=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_short_floats(dtype: torch.dtype) -> None:
+    check(PLAIN, MIXED, dtype=dtype)
+
+
+def test_decode_rows_of_very_unlike_length_are_grouped_apart() -> None:
+    check(PLAIN, [(5000 if row == 3 else row + 1, 1) for row in range(6)])
+
+
+def test_a_chunk_longer_than_the_query_block() -> None:
+    check(dataclasses.replace(PLAIN, window=40), [(30, 560)])
+
+
+def test_an_idle_cache_costs_nothing_and_starts_at_zero() -> None:
+    cache = KVCache([PLAIN], num_blocks=1 << 22, block_size=16, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert cache.layers[0].keys_KSD.shape == (2, ((1 << 22) + 1) * 16, 8)
+    assert not cache.layers[0].keys_KSD[:, -100:].any()
+
+
+def test_blocks_are_cleared_of_not_a_number() -> None:
+    cache = KVCache([PLAIN], num_blocks=3, block_size=4, dtype=torch.float32, device=torch.device("cpu"))
+    for tensor in (cache.layers[0].keys_KSD, cache.layers[0].values_KSE):
+        tensor.fill_(math.nan)
+    cache.zero_blocks([1, 3])
+    for tensor in (cache.layers[0].keys_KSD, cache.layers[0].values_KSE):
+        assert tensor.view(2, 4, 4, 8).isnan().all(-1).all(-1).tolist() == [[True, False, True, False]] * 2

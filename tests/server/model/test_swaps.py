@@ -1,0 +1,166 @@
+"""Each swap equals the module it replaces, and leaves alone what it does not understand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from text_generation_server.config import ShardConfig
+from text_generation_server.model.loader import load_model
+from text_generation_server.model.swaps import attention, linears, mlp, norms, projections, table
+from torch import Tensor, nn
+
+MakeModel = Callable[..., Path]
+
+
+class RMSNorm(nn.Module):
+    """As Llama writes it, or with Gemma's ``1 + weight``."""
+
+    def __init__(self, width: int, *, offset: float = 0.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width))
+        self.variance_epsilon = 1e-5
+        self.offset = offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (wide * (self.weight.float() + self.offset)).to(x.dtype)
+
+
+class ClampedRMSNorm(RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-0.1, 0.1)
+
+
+class MLP(nn.Module):
+    def __init__(self, *, bias: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(16, 24, bias=bias)
+        self.up_proj = nn.Linear(16, 24, bias=bias)
+        self.down_proj = nn.Linear(24, 16, bias=bias)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class LimitedMLP(MLP):
+    """Clamps, but nothing that ordinary values would show."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).clamp(-20, 20))
+        return out
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms(offset: float, dtype: torch.dtype) -> None:
+    own = RMSNorm(24, offset=offset).to(dtype)
+    fast = norms.replace(own)
+    assert isinstance(fast, norms.FastRMSNorm)
+    x = torch.randn(3, 5, 24, dtype=dtype) * 3
+    torch.testing.assert_close(fast(x), own(x), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
+def test_a_norm_that_does_something_else_stays() -> None:
+    assert norms.replace(ClampedRMSNorm(24)) is None
+    assert norms.replace(nn.LayerNorm(24)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 16, 24), (7, 33, 17), (64, 576, 960)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_linears(rows: int, inner: int, outer: int, bias: bool, dtype: torch.dtype) -> None:
+    own = nn.Linear(inner, outer, bias=bias, dtype=dtype)
+    packed = linears.pack(own)
+    assert isinstance(packed, linears.PackedLinear)
+    assert (packed.weight.shape, packed.weight.dtype) == (own.weight.shape, own.weight.dtype)
+    x = torch.randn(rows, inner, dtype=dtype)
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(x), F.linear(x, own.weight, own.bias), rtol=2e-2, atol=2e-2 if bias else 1e-2)
+        torch.testing.assert_close(packed(x[None]), packed(x)[None])
+
+
+def test_float16_linears_stay() -> None:
+    assert linears.pack(nn.Linear(8, 8, dtype=torch.float16)) is None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_fused_mlp(bias: bool) -> None:
+    own = MLP(bias=bias)
+    fused = mlp.replace(own)
+    assert isinstance(fused, mlp.FusedMLP)
+    x = torch.randn(2, 3, 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(x), own(x))
+
+
+def test_an_mlp_that_clamps_far_out_of_range_stays() -> None:
+    for kind, counted in ((MLP, 1), (LimitedMLP, 0)):
+        model = nn.Sequential(kind())
+        counts = table.apply(
+            model, dtype=torch.float32, run=lambda model=model: model(torch.randn(2, 16)), without=["projections"]
+        )
+        assert counts["mlp"] == counted
+
+
+def test_projections_of_one_input_share_a_product() -> None:
+    module = nn.ModuleDict({name: nn.Linear(8, width) for name, width in (("q_proj", 8), ("k_proj", 4), ("v_proj", 6))})
+    x, y = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    expected = {(name, case): layer(value) for name, layer in module.items() for case, value in (("x", x), ("y", y))}
+    assert projections.replace_children(module) == 1
+    for name in ("v_proj", "q_proj", "k_proj", "k_proj"):  # in any order, and again
+        torch.testing.assert_close(module[name](x), expected[name, "x"])
+    torch.testing.assert_close(module["q_proj"](x), expected["q_proj", "x"])
+    torch.testing.assert_close(module["k_proj"](y), expected["k_proj", "y"])
+
+
+def test_projections_that_do_not_fit_stay() -> None:
+    module = nn.ModuleDict({"gate_proj": nn.Linear(8, 4, bias=True), "up_proj": nn.Linear(8, 4, bias=False)})
+    assert projections.replace_children(module) == 0
+
+
+@pytest.mark.parametrize("heads", [1, 5])
+def test_rotation(heads: int) -> None:
+    x = torch.randn(7, heads, 8)
+    angles = torch.randn(7, 4).repeat(1, 2)[None]
+    left, right = x.chunk(2, -1)
+    own = x * angles.cos()[0, :, None] + torch.cat((-right, left), -1) * angles.sin()[0, :, None]
+    torch.testing.assert_close(attention.rotate(x, angles.cos(), angles.sin()), own)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "expected"),
+    [
+        pytest.param("llama", {}, {"norms": 5, "attention": 2, "mlp": 2, "linears": 9}, id="everything"),
+        pytest.param("qwen3", {}, {"norms": 9, "attention": 2, "mlp": 2}, id="norms of heads"),
+        pytest.param("stablelm", {}, {"attention": 0, "projections": 2}, id="part of a head rotates"),
+        pytest.param("olmo", {"clip_qkv": 4.0}, {"attention": 0, "projections": 2}, id="clipped projections"),
+        pytest.param("ministral3", {}, {"mlp": 2}, id="queries scaled by position"),
+        pytest.param("gpt2", {}, {"linears": 9}, id="Conv1D"),
+    ],
+)
+def test_what_is_swapped(
+    model_type: str, changes: dict[str, Any], expected: dict[str, int], tiny_model: MakeModel, monkeypatch: Any
+) -> None:
+    counted: dict[str, int] = {}
+    own = table.apply
+    monkeypatch.setattr(table, "apply", lambda *args, **kwargs: counted.update(own(*args, **kwargs)))
+    load_model(ShardConfig(model_id="tiny", uds_path=Path("unused")), tiny_model(model_type, **changes))
+    assert {name: counted[name] for name in expected} == expected
+
+
+def test_the_original_weights_are_freed(tiny_model: MakeModel) -> None:
+    folder = tiny_model("llama")
+    sizes = {
+        swaps: load_model(ShardConfig(model_id="tiny", uds_path=Path("unused"), swaps=swaps), folder).info.weight_bytes
+        for swaps in (True, False)
+    }
+    head_bytes = 320 * 64 * 4  # tied to the embedding, which stays: the packed head is a copy
+    assert sizes[True] == pytest.approx(sizes[False] + head_bytes, rel=0.01)

@@ -1,0 +1,128 @@
+"""Two ranks over gloo give the tokens of one, and what cannot be split is refused before anything is read."""
+
+from __future__ import annotations
+
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import paged_driver
+import pytest
+import tiny_models
+import torch
+import torch.multiprocessing as multiprocessing
+from text_generation_server import distributed
+from text_generation_server.config import ConfigError, ShardConfig
+from text_generation_server.model.loader import load_model
+from text_generation_server.model.parallel import shard_starts
+
+MakeModel = Callable[..., Path]
+PROMPTS = paged_driver.random_prompts(6)
+MAX_NEW_TOKENS = 12
+SLOW_TYPES = (
+    "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "granite", "starcoder2", "phi", "gemma",
+    "deepseek_v2", "deepseek_v3", "llama4_text", "qwen2_moe", "glm4", "cohere2", "nemotron",
+)  # fmt: skip
+
+
+def shard_config(rank: int, port: int, world_size: int = 2) -> ShardConfig:
+    return ShardConfig(model_id="tiny", uds_path=Path("unused"), rank=rank, world_size=world_size, master_port=port)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def run_rank(rank: int, port: int, folders: dict[str, Path], answers: Any) -> None:
+    torch.set_num_threads(1)
+    config = shard_config(rank, port)
+    group = distributed.join(config)
+    for name, folder in folders.items():
+        try:
+            runner = load_model(config, folder, group)
+            tokens = paged_driver.greedy(
+                runner, PROMPTS, max_new_tokens=MAX_NEW_TOKENS, eos_ids=runner.info.eos_token_ids, arrive_within=6,
+                chunk_tokens=16,
+            )  # fmt: skip
+            answers.put((rank, name, tokens, runner.info.kv_bytes_per_token))
+        except ConfigError as error:
+            answers.put((rank, name, str(error), 0))
+        except Exception:
+            answers.put((rank, name, traceback.format_exc(), 0))
+            raise
+    group.close()
+
+
+def two_ranks(folders: dict[str, Path]) -> dict[tuple[int, str], tuple[Any, int]]:
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    port = free_port()
+    ranks = [context.Process(target=run_rank, args=(rank, port, folders, answers)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    results = {}
+    for _ in range(2 * len(folders)):
+        rank_index, name, tokens, kv_bytes = answers.get(timeout=240)
+        results[rank_index, name] = (tokens, kv_bytes)
+    for rank in ranks:
+        rank.join(timeout=30)
+    return results
+
+
+def check(names: tuple[str, ...], tiny_model: MakeModel) -> None:
+    import transformers
+
+    folders = {name: tiny_model(name) for name in names}
+    results = two_ranks(folders)
+    for name, folder in folders.items():
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+        expected = paged_driver.generated(model, PROMPTS, max_new_tokens=MAX_NEW_TOKENS, eos_ids=[tiny_models.EOS_ID])
+        for rank in range(2):
+            assert results[rank, name][0] == expected, f"{name} on rank {rank}"
+
+
+def test_two_ranks_give_the_tokens_of_one(tiny_model: MakeModel) -> None:
+    check(("llama", "phi3", "qwen3_moe", "gpt_neox", "mixtral"), tiny_model)
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_tokens_of_one_for_many_types(tiny_model: MakeModel) -> None:
+    check(SLOW_TYPES, tiny_model)
+
+
+def test_a_rank_caches_its_own_heads_only(tiny_model: MakeModel) -> None:
+    folder = tiny_model("llama")
+    alone = load_model(ShardConfig(model_id="tiny", uds_path=Path("unused")), folder).info.kv_bytes_per_token
+    assert {kv_bytes for _, kv_bytes in two_ranks({"llama": folder}).values()} == {alone // 2}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "world_size", "reason"),
+    [
+        ("gpt2", 2, "transformers has no tensor parallel plan for it; use --num-shard 1"),
+        ("llama", 4, r"it has 2 key/value heads; use --num-shard 1 or 2"),
+        ("llama", 3, r"it has 4 attention heads; use --num-shard 1 or 2"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(model_type: str, world_size: int, reason: str, tiny_model: MakeModel) -> None:
+    group = distributed.Group(0, world_size, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=f"`{model_type}` cannot be split over {world_size} shards: {reason}"):
+        load_model(shard_config(0, 1, world_size), tiny_model(model_type), group)
+
+
+def test_slices_are_equal_but_for_the_last() -> None:
+    assert shard_starts(10, 4) == [0, 3, 6, 9, 10]
+    assert shard_starts(2, 4) == [0, 1, 2, 2, 2]
+
+
+def test_one_shard_opens_no_port() -> None:
+    group = distributed.join(ShardConfig(model_id="tiny", uds_path=Path("unused")))
+    assert group.world_size == 1
+    assert not torch.distributed.is_initialized()
+    value = torch.ones(2)
+    assert group.all_reduce(value) is value
+    assert group.broadcast(value) is value
+    group.close()
