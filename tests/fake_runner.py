@@ -38,7 +38,7 @@ def oracle_logits(context: Iterable[int]) -> Tensor:
 
 
 class FakeRunner:
-    """Implements the engine's StepRunner on the CPU."""
+    """Implements the engine's ModelRunner on the CPU."""
 
     def __init__(self, *, block_size: int = BLOCK_SIZE, max_positions: int = 0) -> None:
         self.info = ModelInfo(

@@ -19,7 +19,7 @@ from text_generation_proto.v1 import generate_pb2 as pb
 from text_generation_server.config import ShardConfig
 from text_generation_server.distributed import Group, join
 from text_generation_server.engine.engine import Engine
-from text_generation_server.engine.executor import MAX_PROMPT_LOGITS_ROWS, StepRunner
+from text_generation_server.engine.executor import MAX_PROMPT_LOGITS_ROWS
 from text_generation_server.engine.memory import (
     CPU_SHARE,
     KVPlan,
@@ -31,6 +31,7 @@ from text_generation_server.engine.memory import (
 from text_generation_server.library_logs import route_library_logs
 from text_generation_server.model.bridge import LAYER_ATTRIBUTE
 from text_generation_server.model.loader import load_model
+from text_generation_server.model.runner import ModelRunner
 from text_generation_server.model.transformers_runner import TransformersRunner
 from text_generation_server.rpc.server import listen
 from text_generation_server.rpc.service import TextGenerationService
@@ -142,7 +143,7 @@ def _broadcast(group: Group) -> Any:
     return group.broadcast if group.world_size > 1 else None
 
 
-def _model_shape(runner: StepRunner, folder: Path) -> ModelShape:
+def _model_shape(runner: ModelRunner, folder: Path) -> ModelShape:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config") or config
 
@@ -159,7 +160,7 @@ def _model_shape(runner: StepRunner, folder: Path) -> ModelShape:
     )
 
 
-def _plan(runner: StepRunner, limits: WarmupLimits, shape: ModelShape, config: ShardConfig) -> KVPlan:
+def _plan(runner: ModelRunner, limits: WarmupLimits, shape: ModelShape, config: ShardConfig) -> KVPlan:
     """Blocks for this device, from what is free on it now that the weights are loaded."""
     if runner.info.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(runner.info.device)
@@ -179,7 +180,7 @@ def _plan(runner: StepRunner, limits: WarmupLimits, shape: ModelShape, config: S
     )
 
 
-def _info(config: ShardConfig, source: ModelSource, runner: StepRunner, tokenizer: Path) -> pb.InfoResponse:
+def _info(config: ShardConfig, source: ModelSource, runner: ModelRunner, tokenizer: Path) -> pb.InfoResponse:
     info = runner.info
     return pb.InfoResponse(
         launcher_nonce=config.launcher_nonce,

@@ -19,16 +19,17 @@ from typing import TypeVar
 import torch
 
 from text_generation_server.engine.batch import SequenceLimits
-from text_generation_server.engine.executor import Broadcast, Launched, StepExecutor, StepRunner
+from text_generation_server.engine.executor import Broadcast, Launched, StepExecutor
 from text_generation_server.engine.memory import KVPlan, WarmupLimits
 from text_generation_server.engine.steps import Step, StepFailure, StepResult
 from text_generation_server.errors import InvalidStep, NotEnoughMemory, ShardError, StaleEpoch, is_out_of_memory
+from text_generation_server.model.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Deliver = Callable[[StepResult], None]
-Planner = Callable[[StepRunner, WarmupLimits], KVPlan]
+Planner = Callable[[ModelRunner, WarmupLimits], KVPlan]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Engine:
 
     def __init__(
         self,
-        runner: StepRunner,
+        runner: ModelRunner,
         plan: Planner,
         *,
         block_size: int,

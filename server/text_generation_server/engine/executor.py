@@ -7,9 +7,8 @@ this one are read (``collect``). On a CPU the two simply follow each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -36,13 +35,6 @@ Broadcast = Callable[[Tensor], None]
 """Fill an int64 tensor of ids on every rank with the values it has on rank 0."""
 
 
-class StepRunner(ModelRunner, Protocol):
-    """What the executor asks of a model."""
-
-    def zero_blocks(self, block_ids: Iterable[int]) -> None:
-        """Clear blocks that a failed request wrote, before they are handed out again."""
-
-
 @dataclass(slots=True)
 class Launched:
     """A step whose work is on the device, or done."""
@@ -66,7 +58,7 @@ class StepExecutor:
 
     def __init__(
         self,
-        runner: StepRunner,
+        runner: ModelRunner,
         limits: SequenceLimits,
         *,
         is_leader: bool = True,

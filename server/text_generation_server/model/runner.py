@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,6 +41,9 @@ class ModelRunner(Protocol):
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Make the cache for block ids 0 .. num_blocks (block 0 is padding), zero-filled. Replaces an earlier one."""
+
+    def zero_blocks(self, block_ids: Iterable[int]) -> None:
+        """Clear blocks that a failed request wrote, before they are handed out again."""
 
     def forward(self, inputs: ForwardInputs) -> Tensor:
         """Run one step, writing its keys and values into the cache.

@@ -19,8 +19,8 @@ from text_generation_proto.v1 import generate_pb2 as pb
 from text_generation_proto.v1 import generate_pb2_grpc as pb_grpc
 from text_generation_server.config import ConfigError
 from text_generation_server.engine.engine import Engine
-from text_generation_server.engine.executor import StepRunner
 from text_generation_server.engine.memory import DoesNotFit, KVPlan, WarmupLimits
+from text_generation_server.model.runner import ModelRunner
 from text_generation_server.rpc.server import Listener, listen, own
 from text_generation_server.rpc.service import TextGenerationService
 
@@ -35,7 +35,7 @@ class Shard:
         self.stub = pb_grpc.TextGenerationStub(channel)  # type: ignore[no-untyped-call]
 
 
-def plan(runner: StepRunner, limits: WarmupLimits) -> KVPlan:
+def plan(runner: ModelRunner, limits: WarmupLimits) -> KVPlan:
     if limits.max_batch_total_tokens > NUM_BLOCKS * BLOCK_SIZE:
         raise DoesNotFit("`--max-batch-total-tokens` is too much")
     return KVPlan(num_blocks=NUM_BLOCKS, derivation="fixed")
