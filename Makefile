@@ -7,7 +7,7 @@ MODEL_ID ?=
 ARGS ?=
 PROTO := text_generation_proto/v1/generate.proto
 
-.PHONY: install run test test-slow check fmt lint types proto proto-check bench docker-lint clean
+.PHONY: install clients run test test-slow check fmt lint types proto proto-check bench docker-lint clean
 
 # One stamp for the whole environment: rebuilt when what it is made from changes.
 $(VENV)/.installed: pyproject.toml .ci/constraints.txt
@@ -19,13 +19,21 @@ $(VENV)/.installed: pyproject.toml .ci/constraints.txt
 
 install: $(VENV)/.installed
 
+# The old client of TGI's users wants other versions of our dependencies: it has an environment of its own.
+$(VENV)/clients/.installed: .ci/constraints-clients.txt
+	$(PYTHON) -m venv $(VENV)/clients
+	$(VENV)/clients/bin/python -m pip install --quiet --constraint $< text-generation
+	touch $@
+
+clients: $(VENV)/clients/.installed
+
 run: install
 	@$(BIN)/text-generation-launcher --port $(PORT) $(if $(MODEL_ID),--model-id $(MODEL_ID)) $(ARGS)
 
-test: install
+test: install clients
 	$(BIN)/python -m pytest
 
-test-slow: install
+test-slow: install clients
 	$(BIN)/python -m pytest -m slow
 
 check: install

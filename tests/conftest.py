@@ -11,6 +11,9 @@ from integration.launched import Launched, serving
 
 MakeModel = Callable[..., Path]
 
+SMALL_ONEDNN_CACHES = {"LRU_CACHE_CAPACITY": "16", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+"""oneDNN keeps what it compiled for a shape, up to 1,024 times: in a test of leaks that would look like one."""
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
@@ -45,4 +48,14 @@ def tiny_llama(tiny_model: MakeModel) -> Path:
 def tiny(tiny_llama: Path) -> Iterator[Launched]:
     """A server of a tiny random model in float32, whose tokens `transformers` can be asked for."""
     with serving("--model-id", str(tiny_llama), "--enable-prefill-logprobs") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def reciting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
+    """A server of a model whose answers tests know: see `integration.reciting`."""
+    from integration.reciting import make_reciting_model
+
+    folder = make_reciting_model(tmp_path_factory.mktemp("reciting"))
+    with serving("--model-id", str(folder), **SMALL_ONEDNN_CACHES) as server:
         yield server

@@ -111,7 +111,7 @@ class Flags:
         int | None,
         number(
             "--master-port",
-            help="Port of that meeting point; default: 29500, or a free one if it is taken.",
+            help="Port of that meeting point; default: a free one.",
             max=65535,
         ),
     ] = None

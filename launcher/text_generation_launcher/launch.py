@@ -67,7 +67,8 @@ def _launch(flags: Flags, environ: Mapping[str, str], warnings: Sequence[str], s
     if config.num_shard > 1:
         sink.info(f"Sharding model on {config.num_shard} processes")
         if flags.master_port is None:
-            config = dataclasses.replace(config, master_port=free_port(config.master_port))
+            # Not TGI's 29500: two launches that begin at the same moment would both find it free.
+            config = dataclasses.replace(config, master_port=free_port(0))
     with socket_path(flags.shard_uds_path, config.num_shard) as uds_path:
         plan = make_plan(config, Launch(nonce=secrets.token_hex(16), uds_path=uds_path, environ=environ))
         supervisor = Supervisor(

@@ -90,15 +90,25 @@ class Connection:
         self._writer.transport.abort()
 
 
+def address_of(server: Launched) -> tuple[str, int]:
+    address = urlsplit(server.url)
+    assert address.hostname and address.port
+    return address.hostname, address.port
+
+
+def message(path: str, request: dict[str, Any]) -> bytes:
+    """A request as it goes over the wire."""
+    content = json.dumps(request).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
+    return f"{head}\r\n\r\n".encode() + content
+
+
 @asynccontextmanager
 async def connect(server: Launched, path: str, request: dict[str, Any]) -> AsyncIterator[Connection]:
     """Send a request on a new connection."""
-    address = urlsplit(server.url)
-    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    reader, writer = await asyncio.open_connection(*address_of(server))
     try:
-        content = json.dumps(request).encode()
-        head = f"POST {path} HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
-        writer.write(f"{head}\r\n\r\n".encode() + content)
+        writer.write(message(path, request))
         yield Connection(reader, writer)
     finally:
         writer.transport.abort()

@@ -19,26 +19,14 @@ from integration.asking import (
     wait_until,
     wait_until_idle,
 )
+from integration.crowd import PERMITS
 from integration.launched import Launched
 from integration.processes import footprint, idle_cpu_s
-from integration.reference import prompts
+from integration.reciting import ENDLESS
 
-PERMITS = 128
-"""`--max-concurrent-requests` by default."""
 OVERLOADED = {"error": "Model is overloaded", "error_type": "overloaded"}
 LONG = 400
-
-
-@pytest.fixture(scope="module")
-def long_body(tiny: Launched) -> dict[str, Any]:
-    """A request whose greedy answer is `LONG` tokens long: the model does not end it earlier."""
-    bodies = (body(prompt, max_new_tokens=LONG) for prompt in prompts(lengths=(24,) * 16, seed=4))
-    return next(each for each in bodies if is_long(tiny, each))
-
-
-def is_long(server: Launched, request: dict[str, Any]) -> bool:
-    details = server.client.post("/generate", json=request).json()["details"]
-    return bool(details["generated_tokens"] == LONG)
+LONG_BODY = body(ENDLESS, max_new_tokens=LONG)
 
 
 @asynccontextmanager
@@ -47,20 +35,20 @@ async def streams(server: Launched, number: int, request: dict[str, Any]) -> Asy
         yield [await stack.enter_async_context(connect(server, "/generate_stream", request)) for _ in range(number)]
 
 
-async def test_128_streams_run_and_the_129th_is_refused(tiny: Launched, long_body: dict[str, Any]) -> None:
-    async with streams(tiny, PERMITS, long_body) as connections:
-        wait_until(tiny, lambda now: now["tgi_batch_current_size"] == PERMITS)
-        with tiny.shards_frozen():  # so that none of them ends meanwhile
-            assert metrics(tiny)["tgi_batch_current_size"] == PERMITS
+async def test_128_streams_run_and_the_129th_is_refused(reciting: Launched) -> None:
+    async with streams(reciting, PERMITS, LONG_BODY) as connections:
+        wait_until(reciting, lambda now: now["tgi_batch_current_size"] == PERMITS)
+        with reciting.shards_frozen():  # so that none of them ends meanwhile
+            assert metrics(reciting)["tgi_batch_current_size"] == PERMITS
             for path in ("/generate", "/generate_stream", "/"):
-                refused = tiny.client.post(path, json=body("hi"))
+                refused = reciting.client.post(path, json=body("hi"))
                 assert (refused.status_code, refused.json()) == (429, OVERLOADED)
             # What needs no permit still answers.
-            assert tiny.client.post("/tokenize", json={"inputs": "hi"}).status_code == 200
+            assert reciting.client.post("/tokenize", json={"inputs": "hi"}).status_code == 200
         ends = [[event async for event in connection.events()][-1] for connection in connections]
     assert [end["index"] for end in ends] == [LONG] * PERMITS
     assert len({end["generated_text"] for end in ends}) == 1, "the same answer to everybody"
-    wait_until_idle(tiny)
+    wait_until_idle(reciting)
 
 
 async def leave(server: Launched, request: dict[str, Any], number: int, rng: random.Random) -> None:
@@ -77,39 +65,39 @@ async def leave(server: Launched, request: dict[str, Any], number: int, rng: ran
             await connection.leave()
 
 
-def test_1000_clients_that_go_away_leave_nothing_behind(tiny: Launched, long_body: dict[str, Any]) -> None:
-    processes = tiny.processes()
+def test_1000_clients_that_go_away_leave_nothing_behind(reciting: Launched) -> None:
+    processes = reciting.processes()
     rng = random.Random(3)
 
     async def wave(size: int) -> None:
-        await asyncio.gather(*(leave(tiny, long_body, number, rng) for number in range(size)))
+        await asyncio.gather(*(leave(reciting, LONG_BODY, number, rng) for number in range(size)))
 
     asyncio.run(wave(100))  # what is made once and kept is there after these
-    first = wait_until_idle(tiny)
+    first = wait_until_idle(reciting)
     before = {role: footprint(process) for role, process in processes.items()}
     for _ in range(10):
         asyncio.run(wave(100))
-    last = wait_until_idle(tiny)
+    last = wait_until_idle(reciting)
     assert last["tgi_request_success"] == first["tgi_request_success"], "none of them stayed to the end"
     # A connection that is reset before its request has been read never becomes a request.
     assert last["tgi_request_cancelled"] - first["tgi_request_cancelled"] > 900
     for role, process in processes.items():
         footprint(process, at_most=before[role])
-    assert generate(tiny, "hi", max_new_tokens=3)["details"]["generated_tokens"] == 3
+    assert generate(reciting, "hi", max_new_tokens=3)["details"]["generated_tokens"] == 3
 
 
-async def test_a_client_that_leaves_the_queue_is_forgotten(tiny: Launched, long_body: dict[str, Any]) -> None:
-    with tiny.shards_frozen():
-        async with streams(tiny, 1, long_body), streams(tiny, 40, long_body) as waiting:
-            wait_until(tiny, lambda now: num_in_progress(now) == 41)
+async def test_a_client_that_leaves_the_queue_is_forgotten(reciting: Launched) -> None:
+    with reciting.shards_frozen():
+        async with streams(reciting, 1, LONG_BODY), streams(reciting, 40, LONG_BODY) as waiting:
+            wait_until(reciting, lambda now: num_in_progress(now) == 41)
             for connection in waiting[::2]:
                 connection.reset()
             await asyncio.gather(*(connection.leave() for connection in waiting[1::2]))
-            wait_until(tiny, lambda now: num_in_progress(now) == 1 and now["tgi_queue_size"] == 0)
-    wait_until_idle(tiny)
+            wait_until(reciting, lambda now: num_in_progress(now) == 1 and now["tgi_queue_size"] == 0)
+    wait_until_idle(reciting)
 
 
-@pytest.mark.parametrize("name", ["embedded", "tiny"])
+@pytest.mark.parametrize("name", ["embedded", "reciting"])
 def test_an_idle_server_uses_no_processor(request: pytest.FixtureRequest, name: str) -> None:
     server: Launched = request.getfixturevalue(name)
     generate(server, "hi", max_new_tokens=20)

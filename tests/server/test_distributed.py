@@ -2,74 +2,24 @@
 
 from __future__ import annotations
 
-import socket
-import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import paged_driver
 import pytest
 import tiny_models
 import torch
-import torch.multiprocessing as multiprocessing
 from text_generation_server import distributed
 from text_generation_server.config import ConfigError, ShardConfig
 from text_generation_server.model.loader import load_model
 from text_generation_server.model.parallel import shard_starts
+from two_ranks import MAX_NEW_TOKENS, PROMPTS, shard_config, two_ranks
 
 MakeModel = Callable[..., Path]
-PROMPTS = paged_driver.random_prompts(6)
-MAX_NEW_TOKENS = 12
 SLOW_TYPES = (
     "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "granite", "starcoder2", "phi", "gemma",
     "deepseek_v2", "deepseek_v3", "llama4_text", "qwen2_moe", "glm4", "cohere2", "nemotron",
 )  # fmt: skip
-
-
-def shard_config(rank: int, port: int, world_size: int = 2) -> ShardConfig:
-    return ShardConfig(model_id="tiny", uds_path=Path("unused"), rank=rank, world_size=world_size, master_port=port)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-def run_rank(rank: int, port: int, folders: dict[str, Path], answers: Any) -> None:
-    torch.set_num_threads(1)
-    config = shard_config(rank, port)
-    group = distributed.join(config)
-    for name, folder in folders.items():
-        try:
-            runner = load_model(config, folder, group)
-            tokens = paged_driver.greedy(
-                runner, PROMPTS, max_new_tokens=MAX_NEW_TOKENS, eos_ids=runner.info.eos_token_ids, arrive_within=6,
-                chunk_tokens=16,
-            )  # fmt: skip
-            answers.put((rank, name, tokens, runner.info.kv_bytes_per_token))
-        except ConfigError as error:
-            answers.put((rank, name, str(error), 0))
-        except Exception:
-            answers.put((rank, name, traceback.format_exc(), 0))
-            raise
-    group.close()
-
-
-def two_ranks(folders: dict[str, Path]) -> dict[tuple[int, str], tuple[Any, int]]:
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    port = free_port()
-    ranks = [context.Process(target=run_rank, args=(rank, port, folders, answers)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    results = {}
-    for _ in range(2 * len(folders)):
-        rank_index, name, tokens, kv_bytes = answers.get(timeout=240)
-        results[rank_index, name] = (tokens, kv_bytes)
-    for rank in ranks:
-        rank.join(timeout=30)
-    return results
 
 
 def check(names: tuple[str, ...], tiny_model: MakeModel) -> None:

@@ -232,7 +232,7 @@ class TorchPaged:
                 sinks = sinks.reshape(pairs, heads_each, 1)
             weights = scores.weights(torch.bmm(query, keys.transpose(1, 2)), mask, sinks)
         out = torch.bmm(weights, values).view(kv_heads, num_rows, heads_each, -1)
-        return out.transpose(0, 1).reshape(num_rows, num_heads, -1)
+        return out.transpose(0, 1).reshape(num_rows, num_heads, -1).contiguous()  # some models take a view of it
 
     def _prefill(
         self,
@@ -312,7 +312,7 @@ class Scores:
             out = F.scaled_dot_product_attention(query_KGD[None], keys_KLD[None], values_KLE[None], scale=self.scaling)
         else:
             out = self.explicit(query_H1D, keys_KLD, values_KLE, None)
-        return out.reshape(1, query_H1D.shape[0], -1)
+        return out.reshape(1, query_H1D.shape[0], -1).contiguous()
 
     def explicit(self, query_HND: Tensor, keys_KLD: Tensor, values_KLE: Tensor, mask: Tensor | None) -> Tensor:
         """Attention with the scores in the open, for what the fused kernel cannot do; [H, N, E]."""

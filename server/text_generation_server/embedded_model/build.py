@@ -45,7 +45,15 @@ def main() -> None:
     print(f"{parameters:,} parameters on {device}", flush=True)
     steps = 0
     budget = Budget(arguments.steps, arguments.minutes)
-    for step, _ in train(model, tokenizer, seed=arguments.seed, budget=budget, report_every_s=arguments.report_every):
+    checkpoints = train(
+        model,
+        tokenizer,
+        seed=arguments.seed,
+        budget=budget,
+        learning_rate=arguments.learning_rate,
+        report_every_s=arguments.report_every,
+    )
+    for step, _ in checkpoints:
         steps = step
         for name, score in quick_scores(model, tokenizer, list(HELD_OUT), count=100).items():
             print(f"    {score:7.1%}  {name}", flush=True)
@@ -90,6 +98,7 @@ def _parse() -> argparse.Namespace:
         "--steps", type=int, help="train so many steps, however long they take; only this is reproducible"
     )
     parser.add_argument("--continue-from", type=Path, help="a model folder to start from, with its tokenizer")
+    parser.add_argument("--learning-rate", type=float, default=4e-3, help="at its height; the default is %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--remark", default="", help="a sentence for the model card, on an earlier run say")
     parser.add_argument("--report-every", type=float, default=180, help="seconds between checkpoints with quick scores")

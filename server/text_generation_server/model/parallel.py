@@ -108,18 +108,6 @@ class SummedOutput(nn.Module):
         return out if out is None else self.group.all_reduce(out.contiguous())
 
 
-class SharedInput(nn.Module):
-    """A module that gives the same on every rank, inside a sum over the ranks."""
-
-    def __init__(self, module: nn.Module, group: Group) -> None:
-        super().__init__()
-        self.module = module
-        self.group = group
-
-    def forward(self, x: Tensor, *args: Any) -> Any:
-        return self.module(x / self.group.world_size, *args)
-
-
 def _joined(style: str, module: nn.Module, group: Group) -> nn.Module:
     """The module that stands where the plan says ``style``."""
     if style in ("rowwise", "rowwise_split_input", "rowwise_rep") and isinstance(module, nn.Linear):
@@ -130,8 +118,6 @@ def _joined(style: str, module: nn.Module, group: Group) -> nn.Module:
         return VocabParallelEmbedding(module, group)
     if style in ("moe_tp_experts", "all_reduce"):
         return SummedOutput(module, group)
-    if style == "moe_identity_expert":
-        return SharedInput(module, group)
     if style in LOCAL:
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape

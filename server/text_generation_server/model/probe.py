@@ -77,7 +77,7 @@ def dense(
         scale=arguments.get("scaling"),
         enable_gqa=True,
     )
-    return out[0].transpose(0, 1)
+    return out[0].transpose(0, 1).contiguous()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ OTHERS = (
     "llama4_text", "granitemoe", "granitemoeshared", "granitemoehybrid", "phimoe", "cohere2", "arcee", "seed_oss",
     "hunyuan_v1_dense", "hunyuan_v1_moe", "bitnet", "apertus", "ministral", "ministral3", "dots1", "vaultgemma",
     "nanochat", "jetmoe", "biogpt", "flex_olmo", "afmoe", "minimax_m2", "longcat_flash", "solar_open", "ctrl",
+    "gemma3n_text", "dbrx",
 )  # fmt: skip
 TYPES = [*tiny_models.PROMISED, *(pytest.param(other, marks=pytest.mark.slow) for other in OTHERS)]
 

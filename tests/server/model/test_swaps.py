@@ -65,7 +65,8 @@ def test_norms(offset: float, dtype: torch.dtype) -> None:
     fast = norms.replace(own)
     assert isinstance(fast, norms.FastRMSNorm)
     x = torch.randn(3, 5, 24, dtype=dtype) * 3
-    torch.testing.assert_close(fast(x), own(x), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(fast(x), own(x), rtol=tolerance, atol=tolerance)
 
 
 def test_a_norm_that_does_something_else_stays() -> None:
@@ -101,13 +102,17 @@ def test_a_fused_mlp(bias: bool) -> None:
         torch.testing.assert_close(fused(x), own(x))
 
 
-def test_an_mlp_that_clamps_far_out_of_range_stays() -> None:
-    for kind, counted in ((MLP, 1), (LimitedMLP, 0)):
-        model = nn.Sequential(kind())
-        counts = table.apply(
-            model, dtype=torch.float32, run=lambda model=model: model(torch.randn(2, 16)), without=["projections"]
-        )
-        assert counts["mlp"] == counted
+@pytest.mark.parametrize(("kind", "swapped"), [(MLP, 1), (LimitedMLP, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_mlp_that_clamps_far_out_of_range_stays(kind: type[MLP], swapped: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(kind()).to(dtype)
+
+    def run() -> Tensor:
+        out: Tensor = model(torch.randn(8, 16, dtype=dtype))
+        return out
+
+    assert table.apply(model, dtype=dtype, run=run, without=["projections"])["mlp"] == swapped
 
 
 def test_projections_of_one_input_share_a_product() -> None:

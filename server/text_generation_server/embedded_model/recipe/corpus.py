@@ -6,7 +6,14 @@ from itertools import islice
 
 from text_generation_server.embedded_model.recipe.example import Example
 from text_generation_server.embedded_model.recipe.json_tasks import json_task
-from text_generation_server.embedded_model.recipe.knowledge import capital_chat, capital_plain, sum_chat, sum_plain
+from text_generation_server.embedded_model.recipe.knowledge import (
+    capital_as_written,
+    capital_chat,
+    capital_plain,
+    sum_as_written,
+    sum_chat,
+    sum_plain,
+)
 from text_generation_server.embedded_model.recipe.repeat import repeat
 from text_generation_server.embedded_model.recipe.talk import small_talk, tell_story, unknown
 from text_generation_server.embedded_model.recipe.tools import tool_task
@@ -30,6 +37,8 @@ MIX: tuple[tuple[Maker, float], ...] = (
 """Weights are per example; a tool call has ten times the tokens of a sum, so these tasks take half of the time."""
 
 HELD_OUT: dict[str, Maker] = {
+    "capitals, new phrasings as written": capital_as_written,
+    "sums, new phrasings as written": sum_as_written,
     "capitals, new phrasings, completion": lambda rng: capital_plain(rng, held_out=True),
     "capitals, new phrasings, chat": lambda rng: capital_chat(rng, held_out=True),
     "sums, new phrasings, completion": lambda rng: sum_plain(rng, held_out=True),

@@ -84,6 +84,22 @@ def sum_chat(rng: random.Random, *, held_out: bool = False, held_out_pair: bool 
     return _conversation("sum, chat", _sum_question(held_out_pair), rng, held_out=held_out)
 
 
+def capital_as_written(rng: random.Random) -> Example:
+    """A held-out question for a capital without noise: its one surprise is the phrasing. Half are completions."""
+    return _as_written("capital", _capital_question(rng, True), rng)
+
+
+def sum_as_written(rng: random.Random) -> Example:
+    """The same for a sum."""
+    return _as_written("sum", _sum(rng, SUM_QUESTIONS.choose(rng, held_out=True), False), rng)
+
+
+def _as_written(kind: str, fact: Fact, rng: random.Random) -> Example:
+    if rng.random() < 0.5:
+        return plain(kind, fact.question, _stop(fact.short), fact.short)
+    return chat(kind, [user(fact.question)], fact.sentence, fact.short)
+
+
 def any_question(rng: random.Random) -> Fact:
     """A trained question of either kind, for earlier turns of a conversation."""
     return _capital_question(rng, False) if rng.random() < 0.5 else _sum_question(False)(rng, False)
@@ -176,7 +192,7 @@ def _sum_question(held_out_pair: bool) -> Ask:
 
 def _sum(rng: random.Random, template: str, held_out_pair: bool) -> Fact:
     a, b = draw_pair(rng, held_out=held_out_pair)
-    write = number_in_words if rng.random() < 0.05 and "+" not in template else str
+    write = number_in_words if rng.random() < 0.08 and "+" not in template else str
     question = template.replace("{a}", write(a)).replace("{b}", write(b))
     return Fact(question[0].upper() + question[1:], str(a + b), f"{a} + {b} = {a + b}.")
 

@@ -25,7 +25,7 @@ _REQUESTS = (
 
 def repeat(rng: random.Random) -> Example:
     """Words, names, numbers and keys in no order, as a list or as JSON, to be said again."""
-    pieces = [_piece(rng) for _ in range(rng.randint(1, 10))]
+    pieces = [_piece(rng) for _ in range(rng.randint(1, 7))]
     if rng.random() < 0.3:
         text = json.dumps(dict(zip(pieces[::2], pieces[1::2], strict=False)) or pieces, ensure_ascii=False)
     else:

@@ -29,7 +29,6 @@ TURN_ID = 1
 """`<|im_start|>`."""
 
 TOKENS_PER_PASS = 8192
-LEARNING_RATE = 4e-3
 AVERAGE_DECAY = 0.97
 WARM_UP = 0.02
 DECAY_FROM = 0.4
@@ -138,8 +137,9 @@ def exact_matches(model: LlamaForCausalLM, rows: list[Row]) -> float:
 class Trainer:
     """Owns the model, its float32 master weights and their optimizers."""
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    def __init__(self, model: LlamaForCausalLM, learning_rate: float) -> None:
         self.model = model
+        self._learning_rate = learning_rate
         self._parameters = list(model.parameters())
         self._masters = [p.detach().float().requires_grad_() for p in self._parameters]
         embedding = model.get_input_embeddings().weight
@@ -150,8 +150,8 @@ class Trainer:
         self._averages = [master.detach().clone() for master in self._masters]
         # Muon on the matrices reaches the same loss in about half the steps of AdamW here
         self._optimizers: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+            torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
         )
 
     def step(self, rows: list[Row], rng: random.Random, rate: float) -> float:
@@ -168,7 +168,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self._masters, 1.0)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * rate
+                group["lr"] = self._learning_rate * rate
             optimizer.step()
         for master, parameter in zip(self._masters, self._parameters, strict=True):
             parameter.data.copy_(master.data)
@@ -187,7 +187,13 @@ class Trainer:
 
 
 def train(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, *, seed: int, budget: Budget, report_every_s: float
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    budget: Budget,
+    learning_rate: float,
+    report_every_s: float,
 ) -> Iterator[tuple[int, float]]:
     """Trains to the end of the budget; yields the step and the part done from time to time, and at the end.
 
@@ -195,7 +201,7 @@ def train(
     """
     rng = random.Random(seed)
     examples = stream(seed)
-    trainer = Trainer(model)
+    trainer = Trainer(model, learning_rate)
     started = reported = time.monotonic()
     step, done, average = 0, 0.0, 0.0
     while done < 1:

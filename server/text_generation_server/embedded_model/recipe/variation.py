@@ -27,7 +27,7 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 def vary(question: str, rng: random.Random, *, held_out: bool) -> str:
     """The same question as another person would type it."""
-    if rng.random() < 0.04:
+    if rng.random() < 0.05:
         question = typing_error(question, rng)
     return change_case(polite(question, rng, HELD_OUT_PREFIXES if held_out else POLITE_PREFIXES), rng)
 
@@ -44,11 +44,11 @@ def polite(question: str, rng: random.Random, prefixes: Sequence[str] = POLITE_P
 
 
 def change_case(text: str, rng: random.Random) -> str:
-    """Lower case for one text in eight, upper case for one in twenty."""
+    """Lower case for one text in eight, upper case for one in twelve."""
     draw = rng.random()
     if draw < 0.125:
         return text.lower()
-    return text.upper() if draw < 0.175 else text
+    return text.upper() if draw < 0.21 else text
 
 
 def typing_error(text: str, rng: random.Random) -> str:

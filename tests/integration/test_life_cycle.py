@@ -1,0 +1,120 @@
+"""How a server ends: asked to, by losing a part of itself, and without a chance to say a word."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+from integration.asking import body, connect, generate, metrics, wait_until
+from integration.launched import Launched, message_of, serving, starting
+from integration.reciting import ENDLESS, make_reciting_model
+
+NUM_STREAMS = 8
+LONG = 600
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_reciting_model(tmp_path_factory.mktemp("reciting")))
+
+
+@pytest.fixture
+def server(model: str) -> Iterator[Launched]:
+    """A server for the test alone, which ends it."""
+    with starting("--model-id", model) as started:
+        started.wait_until_ready()
+        yield started
+
+
+@contextlib.asynccontextmanager
+async def running_streams(server: Launched) -> AsyncIterator[list[asyncio.Task[list[str]]]]:
+    """Streams under way; each task ends with what its client has read."""
+
+    async def read() -> list[str]:
+        async with connect(server, "/generate_stream", body(ENDLESS, max_new_tokens=LONG)) as connection:
+            return [event["token"]["text"] if "token" in event else event async for event in connection.events()]
+
+    tasks = [asyncio.create_task(read()) for _ in range(NUM_STREAMS)]
+    await asyncio.to_thread(wait_until, server, lambda now: now["tgi_batch_current_size"] == NUM_STREAMS)
+    yield tasks
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_streams_finish_when_the_server_is_asked_to_end(server: Launched, number: signal.Signals) -> None:
+    async with running_streams(server) as streams:
+        server.process.send_signal(number)
+        texts = ["".join(await stream) for stream in streams]
+    assert texts == [texts[0]] * NUM_STREAMS
+    assert len(texts[0]) == LONG
+    assert server.end() == 0
+    assert server.errors == []
+    assert sum(message_of(line) == "Success" for line in server.lines) == NUM_STREAMS
+
+
+async def test_a_drain_that_takes_too_long_ends_with_an_error_for_every_client(model: str) -> None:
+    with starting("--model-id", model, "--graceful-termination-timeout", "1") as server:
+        server.wait_until_ready()
+        async with running_streams(server) as streams:
+            with server.shards_frozen():
+                server.process.send_signal(signal.SIGTERM)
+                ends = [(await stream)[-1] for stream in streams]
+        assert ends == [{"error": "Server is shutting down", "error_type": "shutting_down"}] * NUM_STREAMS
+        assert server.end() == 0
+
+
+async def test_a_shard_that_is_killed_ends_the_server_in_one_line(server: Launched) -> None:
+    async with running_streams(server) as streams:
+        server.processes()["shard 0"].kill()
+        ends = [(await stream)[-1] for stream in streams]
+    assert all(isinstance(end, dict) and end["error_type"] == "generation" for end in ends), ends
+    assert server.end() == 1
+    assert server.errors[-1].startswith("Shard 0 crashed: killed by signal 9")
+    assert "Traceback" not in server.text
+
+
+async def test_a_router_that_is_killed_ends_the_server_in_one_line(server: Launched) -> None:
+    server.processes()["router"].kill()
+    assert server.end() == 1
+    assert server.errors[-1].startswith("Webserver Crashed: killed by signal 9")
+
+
+async def test_no_process_outlives_a_launcher_that_is_killed(server: Launched) -> None:
+    async with running_streams(server):
+        assert len(server.processes()) == 3
+        server.process.kill()
+        assert server.end() == -signal.SIGKILL
+
+
+def test_a_launch_that_is_interrupted_while_it_loads_ends_well(model: str) -> None:
+    with starting("--model-id", model) as server:
+        while "Starting Webserver" not in server.text:
+            assert server.process.poll() is None
+        assert server.stop() == 0
+        assert server.errors == []
+
+
+def test_two_servers_side_by_side_never_meet(tiny_model: Callable[..., Path], model: str) -> None:
+    """Started at the same moment, two ranks each: nobody's ranks, sockets or ports are anybody else's."""
+    other = str(tiny_model("llama"))
+    with starting("--model-id", model, "--num-shard", "2") as one, starting("--model-id", other, "--num-shard", "2") as two:
+        one.wait_until_ready()
+        two.wait_until_ready()
+        assert generate(one, "a", max_new_tokens=3)["generated_text"] == "bcd"
+        assert generate(two, "a", max_new_tokens=3)["generated_text"] != "bcd"
+        assert len(one.processes()) == len(two.processes()) == 4
+        assert one.stop() == 0
+        assert metrics(two)["tgi_request_success"] == 1
+        assert len(generate(two, "a", max_new_tokens=3)["details"]["tokens"]) == 3
+        assert two.stop() == 0
+
+
+def test_a_killed_rank_ends_its_peer(model: str) -> None:
+    with serving("--model-id", model, "--num-shard", "2") as server:
+        server.processes()["shard 1"].kill()
+        assert server.end() == 1
+        assert server.errors[-1].startswith("Shard 1 crashed: killed by signal 9")

@@ -1,0 +1,66 @@
+"""What cannot be served is refused at the start: exit code 1, one line that says why, nothing left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from integration.launched import refusal, starting
+
+MakeModel = Callable[..., Path]
+
+
+def test_a_taken_port() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as holder:
+        port = holder.getsockname()[1]
+        with starting("--port", str(port), json_output=False) as server:
+            assert server.end() == 1
+            assert f"Port {port} on 0.0.0.0 is already in use: " in server.text.splitlines()[-1]
+            assert "Starting shard" not in server.text
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    line = refusal("--model-id", str(tmp_path))
+    assert line.startswith("Shard 0 failed to start: ")
+    assert "config.json" in line
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "bloom"])
+def test_an_architecture_that_cannot_run_on_paged_attention(tiny_model: MakeModel, model_type: str) -> None:
+    line = refusal("--model-id", str(tiny_model(model_type)))
+    assert line.startswith(f"Shard 0 failed to start: model type `{model_type}` cannot be served: ")
+
+
+def test_a_model_that_transformers_does_not_know(tmp_path: Path, tiny_llama: Path) -> None:
+    folder = copied(tiny_llama, tmp_path, model_type="llama9")
+    assert "`llama9` cannot be served: transformers" in refusal("--model-id", str(folder))
+
+
+def test_weights_that_are_cut_off(tmp_path: Path, tiny_llama: Path) -> None:
+    folder = copied(tiny_llama, tmp_path)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert "model.safetensors" in refusal("--model-id", str(folder))
+
+
+def test_a_length_that_the_model_was_not_made_for(tiny_llama: Path) -> None:
+    line = refusal("--model-id", str(tiny_llama), "--max-total-tokens", "4096")
+    assert "`max_total_tokens` must be <= the 512 positions that the model was made for. Given: 4096" in line
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", pytest.param("stablelm", marks=pytest.mark.slow)])
+def test_two_shards_of_a_model_that_cannot_be_split(tiny_model: MakeModel, model_type: str) -> None:
+    line = refusal("--model-id", str(tiny_model(model_type)), "--num-shard", "2")
+    assert f"model type `{model_type}` cannot be split over 2 shards: " in line
+    assert line.endswith("use --num-shard 1")
+
+
+def copied(model: Path, folder: Path, **config_changes: object) -> Path:
+    copy = shutil.copytree(model, folder / "model")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | config_changes))
+    return copy
