@@ -6,7 +6,7 @@ from text_generation_router.scheduling.requests import QueuedRequest, Sampling, 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 
-def queued(num_prompt_tokens: int, max_new_tokens: int = 4, request_id: int = 0) -> QueuedRequest:
+def queued(num_prompt_tokens: int, max_new_tokens: int = 4) -> QueuedRequest:
     """A waiting request with the prompt 1, 2, 3 ..."""
     request = ValidRequest(
         inputs="x" * num_prompt_tokens,
@@ -14,7 +14,7 @@ def queued(num_prompt_tokens: int, max_new_tokens: int = 4, request_id: int = 0)
         sampling=Sampling(),
         max_new_tokens=max_new_tokens,
     )
-    return QueuedRequest(request, request_id, validation_s=0.0)
+    return QueuedRequest(request, validation_s=0.0)
 
 
 def byte_tokenizer(specials: tuple[str, ...] = ("</s>",)) -> Tokenizer:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from integration.launched import Launched, serving
+from integration.launched import ONE_THREAD, Launched, serving
+
+for name, number in ONE_THREAD.items():  # before anybody imports torch
+    os.environ.setdefault(name, number)
 
 MakeModel = Callable[..., Path]
 
@@ -33,8 +37,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
 
 @pytest.fixture(scope="session")
 def embedded() -> Iterator[Launched]:
-    """A server of the embedded model, with every flag at its default."""
-    with serving() as server:
+    """A server of the embedded model, with every flag at its default and all threads."""
+    with serving(environ={}) as server:
         yield server
 
 
@@ -57,5 +61,5 @@ def reciting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
     from integration.reciting import make_reciting_model
 
     folder = make_reciting_model(tmp_path_factory.mktemp("reciting"))
-    with serving("--model-id", str(folder), **SMALL_ONEDNN_CACHES) as server:
+    with serving("--model-id", str(folder), environ=ONE_THREAD | SMALL_ONEDNN_CACHES) as server:
         yield server

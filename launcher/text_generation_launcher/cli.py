@@ -18,7 +18,7 @@ NAME = "text-generation-launcher"
 HELP = """Serve a language model: one router and one process per shard.
 
 Every flag also reads the environment: --max-total-tokens reads TGI_MAX_TOTAL_TOKENS, else MAX_TOTAL_TOKENS, where
-booleans are true or false. The command line wins.
+booleans may be true or false, 1 or 0, yes or no. The command line wins.
 """
 
 EXIT_CODES = "Exit codes: 0 stopped as asked, 1 an error, 2 wrong usage, 128+n stopped at once by a second signal n."

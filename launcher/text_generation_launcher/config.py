@@ -9,7 +9,7 @@ from pathlib import Path
 from text_generation_launcher.devices import Devices
 from text_generation_launcher.environment import FALSE, INVALID_HOSTNAME, is_ip
 from text_generation_launcher.errors import ArgumentValidation, NotEnoughCUDADevices
-from text_generation_launcher.flags import Flags, Switch
+from text_generation_launcher.flags import OTLP_SERVICE_NAME, Flags, Switch
 
 EMBEDDED = "embedded"
 DEFAULT_MASTER_PORT = 29500
@@ -26,6 +26,7 @@ REFUSED = {
     "rope_scaling": (),
     "rope_factor": (),
     "otlp_endpoint": (),
+    "otlp_service_name": (OTLP_SERVICE_NAME,),
     "tokenizer_config_path": (),
     "lora_adapters": (),
     "watermark_gamma": (),
@@ -76,8 +77,10 @@ def resolve(flags: Flags, devices: Devices) -> LauncherConfig:
                 f"`max_total_tokens` must be <= `max_batch_total_tokens`. "
                 f"Given: {flags.max_total_tokens} and {flags.max_batch_total_tokens}"
             )
-    if flags.validation_workers == 0:
-        raise ArgumentValidation("`validation_workers` must be > 0")
+    # The router would find these too, but only once the model is loaded.
+    for name in ("validation_workers", "max_concurrent_requests", "max_batch_size"):
+        if getattr(flags, name) == 0:
+            raise ArgumentValidation(f"`{name}` must be > 0")
     num_shard = find_num_shard(flags.sharded, flags.num_shard, devices.count)
     hostname, warnings = _hostname(flags.hostname)
     return LauncherConfig(

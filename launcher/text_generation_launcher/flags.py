@@ -17,6 +17,9 @@ from typer.models import OptionInfo
 
 NOT_YET = "(not supported yet)"
 
+OTLP_SERVICE_NAME = "text-generation-inference.router"
+"""TGI's default."""
+
 
 def option(*names: str, help: str, env: bool = True, **settings: Any) -> Any:
     """A Typer option that reads the environment variable of its first name, unless ``env`` is false."""
@@ -206,10 +209,7 @@ class Flags:
     rope_scaling: Annotated[str | None, later("--rope-scaling", "Linear or dynamic position scaling.")] = None
     rope_factor: Annotated[str | None, later("--rope-factor", "Its factor.")] = None
     otlp_endpoint: Annotated[str | None, later("--otlp-endpoint", "Collector for traces.")] = None
-    otlp_service_name: Annotated[
-        str,
-        option("--otlp-service-name", help="Service name in traces; without effect while there are none."),
-    ] = "text-generation-inference.router"
+    otlp_service_name: Annotated[str, later("--otlp-service-name", "Service name in traces.")] = OTLP_SERVICE_NAME
     tokenizer_config_path: Annotated[
         str | None, later("--tokenizer-config-path", "Another source of the chat template.")
     ] = None

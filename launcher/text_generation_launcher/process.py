@@ -191,14 +191,15 @@ class Child(asyncio.SubprocessProtocol):
 
     @property
     def reason(self) -> str:
-        """Why it ended, in one line: its own last error if it told one."""
+        """Why it ended, in one line: a signal, or its own last error if it told one."""
         code = self.exited.result()
-        if self._last_error is not None:
-            return self._last_error.strip().partition("\n")[0]
+        # A signal needs no words of the child; an error it may have told long before has nothing to do with it.
         if code == -signal.SIGKILL:
             return "killed by signal 9; often it is the system that has run out of memory"
         if code < 0:
             return f"killed by signal {-code}"
+        if self._last_error is not None:
+            return self._last_error.strip().partition("\n")[0]
         return next((line.strip() for line in reversed(self._raw) if line.strip()), f"exit code {code}")
 
 

@@ -11,6 +11,8 @@ from tokenizers.decoders import DecodeStream
 _CONTEXT_IDS = 6
 """Last prompt ids that seed a sequence: a decoder that strips a leading space must see that the text goes on."""
 
+_REPLACEMENT = "\ufffd"
+
 
 class Detokenizer:
     """The shared part: one per model. Special ids are those whose text is not part of the answer."""
@@ -35,11 +37,14 @@ class SequenceDetokenizer:
     the text of all ids, except for bytes at the very end that never became a character.
     """
 
-    __slots__ = ("_stream", "_tokenizer")
+    __slots__ = ("_owed", "_stream", "_tokenizer")
 
     def __init__(self, tokenizer: Tokenizer, context_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(ids=list(context_ids), skip_special_tokens=False)
+        # A context that ends in U+FFFD looks unfinished to the stream: it returns all of it with the first piece.
+        text = str(tokenizer.decode(list(context_ids), skip_special_tokens=False))
+        self._owed = text if text.endswith(_REPLACEMENT) else ""
 
     def step(self, token_id: int) -> str:
         """The text that ``token_id`` completes."""
@@ -51,4 +56,8 @@ class SequenceDetokenizer:
             # seam are lost.
             self._stream = DecodeStream(ids=[], skip_special_tokens=False)
             piece = self._stream.step(self._tokenizer, token_id)
+        if piece and self._owed:
+            # Either the character was meant, or the bytes behind it have made another one of it.
+            shown = self._owed if piece.startswith(self._owed) else self._owed.rstrip(_REPLACEMENT)
+            piece, self._owed = piece.removeprefix(shown), ""
         return piece or ""

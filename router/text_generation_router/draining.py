@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from text_generation_router.errors import ShuttingDown
+
+Result = TypeVar("Result")
 
 
 class Drain:
     """Counts the responses in progress and says whether new ones are taken."""
 
     def __init__(self) -> None:
-        self.begun = False
         self.num_active = 0
+        self._begun = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -24,8 +30,25 @@ class Drain:
         if self.num_active == 0:
             self._idle.set()
 
+    @property
+    def begun(self) -> bool:
+        return self._begun.is_set()
+
     def begin(self) -> None:
-        self.begun = True
+        self._begun.set()
+
+    async def unless_begun(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """The result of ``work``, which is cancelled when the drain begins before it is there. Raises: ShuttingDown."""
+        working = asyncio.create_task(work)
+        begun = asyncio.create_task(self._begun.wait())
+        try:
+            await asyncio.wait((working, begun), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise ShuttingDown
+            return working.result()
+        finally:
+            begun.cancel()
+            working.cancel()
 
     async def idle(self, timeout_s: float) -> bool:
         """Wait until no response is in progress; False when ``timeout_s`` passed before."""

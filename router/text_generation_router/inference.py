@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from text_generation_router.api.schemas import GenerateRequest
 from text_generation_router.config import Limits
 from text_generation_router.errors import IncompleteGeneration, Overloaded, RouterError, ShuttingDown
+from text_generation_router.generate_request import GenerateRequest
 from text_generation_router.metrics import Metrics
 from text_generation_router.scheduling.batcher import Batcher
 from text_generation_router.scheduling.requests import (
@@ -137,7 +137,6 @@ class Inference:
         self._batcher = batcher
         self._tokenizer = tokenizer
         self._metrics = metrics
-        self._next_request_id = 0
 
     def ready(self) -> bool:
         """Whether a request sent now would be served: the shards make progress and nothing drains."""
@@ -175,7 +174,7 @@ class Inference:
             others=[choice for choice in choices if choice is not best],
             timings=best.finished.timings,
             prompt_tokens=best.finished.input_length,
-            generated_tokens=sum(choice.finished.generated_tokens for choice in choices),
+            generated_tokens=best.finished.generated_tokens,
         )
 
     async def _complete(self, request: GenerateRequest, traceparent: str) -> Choice:
@@ -205,11 +204,9 @@ class Inference:
             seed = checked.seed if checked.seed is not None else secrets.randbits(64)
             valid = build_request(checked, encoding.ids, self.limits, seed=seed, traceparent=traceparent)
             validation_s = time.perf_counter() - started
-            self._metrics.request_validation_duration.observe(validation_s)
             self._metrics.request_input_length.observe(len(valid.input_ids))
             self._metrics.request_max_new_tokens.observe(valid.max_new_tokens)
-            self._next_request_id += 1
-            queued = QueuedRequest(valid, self._next_request_id, validation_s)
+            queued = QueuedRequest(valid, validation_s)
             self._batcher.enqueue(queued)
             return Generation(queued, self._batcher, permit)
         except BaseException:

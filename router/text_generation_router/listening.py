@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 BACKLOG = 2048
 KEEP_ALIVE_S = 10
 """Idle time of a connection between two requests. Also how long uvicorn remembers one that was reset."""
-CLOSE_S = 5
+CLOSE_S = 3
 """Time that connections get to flush their last bytes at the end."""
 
 

@@ -6,9 +6,10 @@ and because a call must cost well under a microsecond. Only the event loop's thr
 Who counts what:
 
 - the route handlers: request_count (once a request on a generating route, when its body is read), then exactly one
-  of request_success, request_failure{err} or request_cancelled; request_duration, request_queue_duration,
-  request_inference_duration, request_mean_time_per_token_duration and request_generated_tokens of successes.
-- `inference`: request_validation_duration, request_input_length, request_max_new_tokens.
+  of request_success, request_failure{err} or request_cancelled; request_duration, request_validation_duration,
+  request_queue_duration, request_inference_duration, request_mean_time_per_token_duration and
+  request_generated_tokens of successes.
+- `inference`: request_input_length, request_max_new_tokens.
 - `scheduling.batcher`: queue_size, batch_*, kv_cache_*, step_idle_duration, request_skipped_tokens,
   time_to_first_token_duration and inter_token_latency_duration.
 

@@ -23,7 +23,7 @@ from text_generation_router.listening import HttpServer, bind, shown_address
 
 logger = logging.getLogger(__name__)
 
-CLOSE_S = 5.0
+CLOSE_S = 3.0
 """After the grace is over: time for the last errors to reach the clients."""
 
 Result = TypeVar("Result")

@@ -24,7 +24,8 @@ class StopTextMatcher:
     def end_of_match(self, piece: str) -> int | None:
         """Characters of ``piece`` up to the end of the earliest stop text; None when none is complete in it."""
         text = self._tail + piece
-        ends = [start + len(stop) for stop in self.stops if (start := text.find(stop)) >= 0]
+        # An empty stop text asks for one token, all of it.
+        ends = [start + len(stop) if stop else len(text) for stop in self.stops if (start := text.find(stop)) >= 0]
         if ends:
             return max(min(ends) - len(self._tail), 0)
         self._tail = text[-self._tail_length :] if self._tail_length else ""
@@ -40,14 +41,20 @@ class StoppingRules:
     """Empty when the request ignores them."""
     matcher: StopTextMatcher | None
 
-    def check(self, num_output_tokens: int, token_id: int, piece: str) -> tuple[FinishReason | None, str]:
+    def check(
+        self, num_output_tokens: int, token_id: int, piece: str, *, special: bool = False
+    ) -> tuple[FinishReason | None, str]:
         """Whether the sequence ends with this token, and the part of its text that is still output.
 
         ``num_output_tokens`` counts this token. The text is cut right behind a stop text even where another rule
-        ends the sequence first.
+        ends the sequence first. A special token is no part of the text: it ends a sequence only where a stop is
+        exactly its spelling.
         """
         reason: FinishReason | None = None
-        if self.matcher is not None:
+        if self.matcher is not None and special:
+            if piece in self.matcher.stops:
+                reason = FinishReason.STOP_SEQUENCE
+        elif self.matcher is not None:
             end = self.matcher.end_of_match(piece)
             if end is not None:
                 reason, piece = FinishReason.STOP_SEQUENCE, piece[:end]

@@ -69,10 +69,6 @@ class RouterTokenizer:
         """
         return await self._on_worker(len(text), lambda: then(self._encode_with_offsets(text)))
 
-    def id_to_text(self, ids: list[int]) -> list[str]:
-        """The text of each token by itself, special tokens included."""
-        return list(self.tokenizer.decode_batch([[token_id] for token_id in ids], skip_special_tokens=False))
-
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -137,7 +133,7 @@ class _Budget:
             if entry in self._waiting:
                 self._waiting.remove(entry)
                 self._admit()
-            else:
+            elif not turn.cancelled():  # admitted; a cancelled turn took nothing
                 self.give_back(amount)
             raise
         return amount

@@ -9,9 +9,9 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, replace
 
-from text_generation_router.api.schemas import GenerateParameters, GenerateRequest
 from text_generation_router.config import Limits
 from text_generation_router.errors import ValidationError
+from text_generation_router.generate_request import GenerateParameters, GenerateRequest
 from text_generation_router.scheduling.requests import Sampling, ValidRequest
 
 _F32 = struct.Struct("f")

@@ -13,7 +13,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bench.sse import SseReader
-
 from integration.launched import Launched
 
 WITHIN_S = 120.0

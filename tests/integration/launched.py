@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +22,29 @@ from text_generation_launcher.environment import without_flags
 LAUNCHER = Path(sys.executable).with_name("text-generation-launcher")
 MARK = "LAUNCHED_BY_TEST"
 """Variable that every process of a launch inherits: what carries it after the end is an orphan."""
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""For tiny models: two threads that wait for each other, on a busy machine, are ten times slower than one."""
 READY_WITHIN_S = 240.0
 END_WITHIN_S = 120.0
 """Generous: the machine may be busy with other things. No test measures time by them."""
 
 
 class Launched:
-    """One launch. Its log is JSON lines, unless ``json_output`` is false."""
+    """One launch, on one thread unless ``environ`` says otherwise."""
 
-    def __init__(self, arguments: tuple[str, ...], environ: dict[str, str], log: Path, *, json_output: bool) -> None:
+    def __init__(self, arguments: Sequence[str], environ: Mapping[str, str], log: Path) -> None:
         self.log = log
         self.url = ""
         self._mark = secrets.token_hex(8)
         self._client: httpx2.Client | None = None
         port = () if "--port" in arguments else ("--port", "0")
-        env = {**without_flags(os.environ), "HF_HUB_OFFLINE": "1", MARK: self._mark, **environ}
-        env.pop("LOG_LEVEL", None)
+        inherited = without_flags(os.environ)
+        for name in ("LOG_LEVEL", *ONE_THREAD):
+            inherited.pop(name, None)
+        env = {**inherited, "HF_HUB_OFFLINE": "1", "JSON_OUTPUT": "true", MARK: self._mark, **environ}
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [str(LAUNCHER), *arguments, *port, *(("--json-output",) if json_output else ())],
+                [str(LAUNCHER), *arguments, *port],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -143,10 +147,10 @@ def message_of(line: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def starting(*arguments: str, json_output: bool = True, **environ: str) -> Iterator[Launched]:
+def starting(*arguments: str, environ: Mapping[str, str] = ONE_THREAD) -> Iterator[Launched]:
     """Start the launcher on a free port, without waiting for anything; whatever is left is killed at the end."""
     with tempfile.TemporaryDirectory() as folder:
-        server = Launched(arguments, environ, Path(folder, "log"), json_output=json_output)
+        server = Launched(arguments, environ, Path(folder, "log"))
         try:
             yield server
         except BaseException as error:
@@ -157,9 +161,9 @@ def starting(*arguments: str, json_output: bool = True, **environ: str) -> Itera
 
 
 @contextlib.contextmanager
-def serving(*arguments: str, **environ: str) -> Iterator[Launched]:
+def serving(*arguments: str, environ: Mapping[str, str] = ONE_THREAD) -> Iterator[Launched]:
     """A server that is ready; a SIGTERM ends it, with exit code 0 and nothing left, if the test has not ended it."""
-    with starting(*arguments, **environ) as server:
+    with starting(*arguments, environ=environ) as server:
         server.wait_until_ready()
         yield server
         if server.process.poll() is None:
@@ -167,9 +171,9 @@ def serving(*arguments: str, **environ: str) -> Iterator[Launched]:
             assert server.errors == []
 
 
-def refusal(*arguments: str, **environ: str) -> str:
+def refusal(*arguments: str) -> str:
     """The one line in which a launch says why it does not start. Its exit code is 1."""
-    with starting(*arguments, **environ) as server:
+    with starting(*arguments) as server:
         assert server.end() == 1, server.text
         assert "Traceback" not in server.text
         last = server.lines[-1]

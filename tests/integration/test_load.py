@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from integration.asking import (
     wait_until_idle,
 )
 from integration.crowd import PERMITS
-from integration.launched import Launched
+from integration.launched import Launched, serving
 from integration.processes import footprint, idle_cpu_s
 from integration.reciting import ENDLESS
 
@@ -52,7 +53,7 @@ async def test_128_streams_run_and_the_129th_is_refused(reciting: Launched) -> N
 
 
 async def leave(server: Launched, request: dict[str, Any], number: int, rng: random.Random) -> None:
-    """A client that goes away by FIN or RST: of every five, one waits for no stream, one for no piece, others for some."""
+    """A client that goes away by FIN or RST. One of five asks for no stream, another waits for no piece of it."""
     path = "/generate" if number % 5 == 0 else "/generate_stream"
     async with connect(server, path, request) as connection:
         for _ in range(number % 5 - 1):
@@ -99,9 +100,17 @@ async def test_a_client_that_leaves_the_queue_is_forgotten(reciting: Launched) -
 
 @pytest.mark.parametrize("name", ["embedded", "reciting"])
 def test_an_idle_server_uses_no_processor(request: pytest.FixtureRequest, name: str) -> None:
-    server: Launched = request.getfixturevalue(name)
+    assert_idle(request.getfixturevalue(name), {"launcher", "router", "shard 0"})
+
+
+def test_idle_ranks_do_not_spin_while_they_wait_for_each_other(tiny_llama: Path) -> None:
+    with serving("--model-id", str(tiny_llama), "--num-shard", "2") as server:
+        assert_idle(server, {"launcher", "router", "shard 0", "shard 1"})
+
+
+def assert_idle(server: Launched, roles: set[str]) -> None:
     generate(server, "hi", max_new_tokens=20)
     wait_until_idle(server)
     used = idle_cpu_s(server.processes(), over_s=3.0)
-    assert set(used) == {"launcher", "router", "shard 0"}
+    assert set(used) == roles
     assert max(used.values()) < 0.05, used

@@ -17,7 +17,7 @@ MakeModel = Callable[..., Path]
 def test_a_taken_port() -> None:
     with socket.create_server(("0.0.0.0", 0)) as holder:
         port = holder.getsockname()[1]
-        with starting("--port", str(port), json_output=False) as server:
+        with starting("--port", str(port), environ={"JSON_OUTPUT": "false"}) as server:
             assert server.end() == 1
             assert f"Port {port} on 0.0.0.0 is already in use: " in server.text.splitlines()[-1]
             assert "Starting shard" not in server.text
@@ -29,7 +29,7 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
     assert "config.json" in line
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "bloom"])
+@pytest.mark.parametrize("model_type", ["mamba", pytest.param("bloom", marks=pytest.mark.slow)])
 def test_an_architecture_that_cannot_run_on_paged_attention(tiny_model: MakeModel, model_type: str) -> None:
     line = refusal("--model-id", str(tiny_model(model_type)))
     assert line.startswith(f"Shard 0 failed to start: model type `{model_type}` cannot be served: ")

@@ -35,7 +35,7 @@ SEEDED: list[tuple[str, dict[str, Any]]] = [
 """32 requests that have nothing in common."""
 
 
-async def at_once(server: Launched, requests: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+async def at_once(server: Launched, requests: list[tuple[str, dict[str, Any]]]) -> list[Any]:
     bodies = [body(prompt, **parameters) for prompt, parameters in requests]
     return await asyncio.gather(*(answer_of(server, "/generate", each) for each in bodies))
 

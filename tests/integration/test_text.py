@@ -90,7 +90,15 @@ def test_half_a_character_at_the_end_is_left_out(reciting: Launched) -> None:
     assert generate(reciting, "!", max_new_tokens=5)["generated_text"] == "🦊"
 
 
-@pytest.mark.parametrize("prompt", ["Tell me of a 🦊 and a naïve 👩‍👩‍👧.", "日本の首都は？", "a\u0301 \ud7ff \U0010ffff", "\n\t "])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        pytest.param("Tell me of a 🦊 and a naïve 👩\u200d👩\u200d👧.", id="emoji"),
+        pytest.param("日本の首都は？", id="no spaces"),
+        pytest.param("a\u0301 \ud7ff \U0010ffff", id="the borders of Unicode"),
+        pytest.param("\n\t ", id="spaces alone"),
+    ],
+)
 def test_pieces_concatenate_to_the_whole(embedded: Launched, tiny: Launched, prompt: str) -> None:
     """Also of a model that says random bytes."""
     for server in (embedded, tiny):

@@ -36,10 +36,16 @@ def test_bytes_that_never_become_a_character_are_shown_once_the_text_goes_on() -
     assert pieces(metaspace_tokenizer(), [0], [3, 2]) == ["", "�!"]
 
 
-@given(st.text(max_size=30), st.text(max_size=5))
-def test_pieces_concatenate_to_the_text(text: str, prompt: str) -> None:
+@given(st.text(max_size=30), st.text(max_size=5), st.sampled_from(["", "\ufffd", "\ufffd\ufffd"]))
+def test_pieces_concatenate_to_the_text(text: str, prompt: str, end_of_prompt: str) -> None:
     ids = BYTES.encode(text).ids
-    assert "".join(pieces(BYTES, BYTES.encode(prompt).ids, ids)) == text
+    if not text.endswith("\ufffd"):  # looks unfinished, so the last one is held back
+        assert "".join(pieces(BYTES, BYTES.encode(prompt + end_of_prompt).ids, ids)) == text
+
+
+def test_a_character_begun_by_the_prompt_is_finished_without_repeating_the_prompt() -> None:
+    euro = BYTES.encode("€").ids
+    assert pieces(BYTES, [*BYTES.encode("ab").ids, euro[0]], [*euro[1:], BYTES.encode("!").ids[0]]) == ["", "€", "!"]
 
 
 def test_a_token_by_itself() -> None:

@@ -60,6 +60,27 @@ def test_order_of_rules(count: int, token_id: int, piece: str, reason: FinishRea
     assert rules.check(count, token_id, piece) == (reason, piece)
 
 
+@pytest.mark.parametrize(
+    ("stops", "reason"),
+    [(("</s>",), FinishReason.STOP_SEQUENCE), (("s",), None), (("a</s>",), None)],
+)
+def test_a_special_token_is_a_stop_only_as_a_whole(stops: tuple[str, ...], reason: FinishReason | None) -> None:
+    rules = StoppingRules(max_new_tokens=9, eos_token_ids=frozenset(), matcher=StopTextMatcher(stops))
+    assert rules.check(1, 5, "a") == (None, "a")
+    assert rules.check(2, 6, "</s>", special=True) == (reason, "</s>")
+
+
+def test_a_stop_text_goes_on_behind_a_special_token() -> None:
+    rules = StoppingRules(max_new_tokens=9, eos_token_ids=frozenset(), matcher=StopTextMatcher(("ab",)))
+    rules.check(1, 5, "a")
+    rules.check(2, 6, "</s>", special=True)
+    assert rules.check(3, 5, "bc") == (FinishReason.STOP_SEQUENCE, "b")
+
+
+def test_an_empty_stop_asks_for_one_token() -> None:
+    assert run(("",), ["one", "two"]) == ("one", True)
+
+
 def test_the_text_is_cut_even_where_length_ends_the_sequence() -> None:
     rules = StoppingRules(max_new_tokens=1, eos_token_ids=frozenset(), matcher=StopTextMatcher((".",)))
     assert rules.check(1, 5, "a. b") == (FinishReason.LENGTH, "a.")

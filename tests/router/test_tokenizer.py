@@ -36,10 +36,9 @@ async def test_offsets_on_demand() -> None:
     assert thread.startswith("tokenizer")
 
 
-def test_special_ids_and_texts() -> None:
+def test_special_ids() -> None:
     subject = tokenizer()
     assert subject.special_ids == {256, 257}
-    assert subject.id_to_text([64, 256, 69]) == ["a", "<s>", "f"]
 
 
 async def test_ids_outside_the_model_are_refused() -> None:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted import limits
-from text_generation_router.api.schemas import GenerateParameters, GenerateRequest
 from text_generation_router.errors import ValidationError
+from text_generation_router.generate_request import GenerateParameters, GenerateRequest
 from text_generation_router.scheduling.requests import Sampling
 from text_generation_router.validation import build_request, check_parameters, check_shape
 

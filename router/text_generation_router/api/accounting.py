@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 
 from text_generation_router.api.disconnect import ClientGone
-from text_generation_router.api.schemas import GenerateParameters
 from text_generation_router.errors import InternalError, RouterError
+from text_generation_router.generate_request import GenerateParameters
 from text_generation_router.metrics import Metrics
 from text_generation_router.scheduling.requests import Finished
 
@@ -45,6 +45,7 @@ def record_success(
     timings = finished.timings
     per_token_s = timings.per_token_s(finished.generated_tokens)
     metrics.request_duration.observe(total_s)
+    metrics.request_validation_duration.observe(timings.validation_s)
     metrics.request_queue_duration.observe(timings.queue_s)
     metrics.request_inference_duration.observe(timings.inference_s)
     metrics.request_mean_time_per_token_duration.observe(per_token_s)

@@ -66,10 +66,31 @@ class Endpoint:
             if not self._key.admits(scope):
                 await send_empty(send, 401)
                 return
-            if self._drain.begun and method == "POST":
-                raise ShuttingDown
+            if method == "POST":
+                if self._drain.begun:
+                    raise ShuttingDown
+                receive = _BodyReceive(receive, self._drain)
         with self._drain, suppress(ClientGone):  # nobody is left to be answered
             await row.handler(scope, receive, send)
+
+
+class _BodyReceive:
+    """An ASGI ``receive`` that gives up on an unfinished body when the drain begins: nobody knows how long it takes."""
+
+    def __init__(self, receive: Receive, drain: Drain) -> None:
+        self._receive = receive
+        self._drain = drain
+        self._complete = False
+
+    async def __call__(self) -> Message:
+        if self._complete:
+            return await self._receive()
+        message = await self._drain.unless_begun(self._next())
+        self._complete = not message.get("more_body", False)
+        return message
+
+    async def _next(self) -> Message:
+        return await self._receive()
 
 
 class Cors:

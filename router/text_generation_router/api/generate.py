@@ -18,8 +18,6 @@ from text_generation_router.api.schemas import (
     CompatGenerateBody,
     Details,
     GenerateBody,
-    GenerateParameters,
-    GenerateRequest,
     GenerateResponse,
     PrefillTokenBody,
     TokenBody,
@@ -28,6 +26,7 @@ from text_generation_router.api.schemas import (
 )
 from text_generation_router.api.sse import EventStreamResponse, Headers, error_frame, relay
 from text_generation_router.errors import RouterError
+from text_generation_router.generate_request import GenerateParameters, GenerateRequest
 from text_generation_router.inference import Choice, GenerationResult, Inference
 from text_generation_router.metrics import Metrics
 

@@ -6,51 +6,11 @@ NaN, no null where a field is not optional; unknown fields are ignored. The orde
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET, UnsetType
 
+from text_generation_router.generate_request import GenerateParameters
 from text_generation_router.scheduling.requests import Token
-
-_F32_MAX = 3.4028234663852886e38
-_U64_MAX = 2**64 - 1
-
-U32 = Annotated[int, Meta(ge=0, le=2**32 - 1)]
-I32 = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
-U64 = Annotated[int, Meta(ge=0)]
-"""The upper bound is checked in ``__post_init__``: a bound in ``Meta`` must fit into a signed 64-bit integer."""
-F32 = Annotated[float, Meta(ge=-_F32_MAX, le=_F32_MAX)]
-
-
-class GenerateParameters(msgspec.Struct, frozen=True, kw_only=True):
-    """``parameters`` of a request. None is "not given"; ranges that need the limits are checked in `validation`."""
-
-    best_of: U64 | None = None
-    temperature: F32 | None = None
-    repetition_penalty: F32 | None = None
-    frequency_penalty: F32 | None = None
-    top_k: I32 | None = None
-    top_p: F32 | None = None
-    typical_p: F32 | None = None
-    do_sample: bool = False
-    max_new_tokens: U32 | None = None
-    return_full_text: bool | None = None
-    stop: tuple[str, ...] = ()
-    truncate: U64 | None = None
-    watermark: bool = False
-    details: bool = False
-    decoder_input_details: bool = False
-    seed: U64 | None = None
-    top_n_tokens: U32 | None = None
-    grammar: Any = None
-    adapter_id: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("best_of", "truncate", "seed"):
-            value = getattr(self, name)
-            if value is not None and value > _U64_MAX:
-                raise ValueError(f"Expected `int` <= {_U64_MAX} for `{name}`")
 
 
 def _absent_parameters() -> GenerateParameters:
@@ -71,15 +31,6 @@ class CompatGenerateBody(msgspec.Struct, frozen=True):
     inputs: str
     parameters: GenerateParameters = msgspec.field(default_factory=_absent_parameters)
     stream: bool = False
-
-
-class GenerateRequest(msgspec.Struct, frozen=True):
-    """What every generating route asks of the router, whatever its body looks like."""
-
-    inputs: str
-    parameters: GenerateParameters
-    add_special_tokens: bool = True
-    """False when a chat template has put them in already. Never read from a native body."""
 
 
 # ---------------------------------------------------------------------------------------------------

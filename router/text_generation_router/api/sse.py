@@ -47,7 +47,7 @@ class EventStreamResponse:
         self._send = send
         self._headers = headers
         self._written_at = 0.0
-        self._is_writing = False
+        self._num_writing = 0
 
     async def start(self) -> None:
         """Send the status line and the headers, if they were not sent yet."""
@@ -57,10 +57,10 @@ class EventStreamResponse:
             await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
 
     async def write(self, frames: bytes) -> None:
-        self._is_writing = True
+        self._num_writing += 1
         self._written_at = time.monotonic()
         await self._send({"type": "http.response.body", "body": frames, "more_body": True})
-        self._is_writing = False
+        self._num_writing -= 1
 
     async def end(self, frames: bytes) -> None:
         """Send the last events; the connection is free for the next request. Raises: ClientGone."""
@@ -87,16 +87,21 @@ class EventStreamResponse:
 
     async def _attend(self, limit: asyncio.Timeout) -> None:
         while True:
-            patience = WRITE_STALL_S if self._is_writing else KEEP_ALIVE_S
+            patience = WRITE_STALL_S if self._num_writing else KEEP_ALIVE_S
             rest = self._written_at + patience - time.monotonic()
             if rest > 0:
                 # A write that blocks meanwhile is judged by its own limit at the next look.
                 await asyncio.sleep(min(rest, KEEP_ALIVE_S))
-            elif self._is_writing:
+            elif self._num_writing:
                 limit.reschedule(asyncio.get_running_loop().time())
                 return
             else:
-                await self.write(KEEP_ALIVE)
+                try:
+                    async with asyncio.timeout(WRITE_STALL_S):  # nobody watches over a comment but itself
+                        await self.write(KEEP_ALIVE)
+                except TimeoutError:
+                    limit.reschedule(asyncio.get_running_loop().time())
+                    return
 
 
 async def relay(generation: Generation, response: EventStreamResponse, *, prefix: str, details: bool) -> Relayed:

@@ -35,8 +35,8 @@ class Answer:
         queued, detokenizer = self.queued, self.detokenizer
         queued.output_ids.append(token_id)
         index = len(queued.output_ids)
-        reason, piece = self.rules.check(index, token_id, self.text.step(token_id))
         special = token_id in detokenizer.special_ids
+        reason, piece = self.rules.check(index, token_id, self.text.step(token_id), special=special)
         if piece and not special:
             self.pieces.append(piece)
         top_tokens = None
@@ -60,6 +60,11 @@ class Answer:
                 ),
             )
         return event
+
+    def add_prefill(self, first_position: int, logprobs: list[float]) -> None:
+        """Take the logprobs of a chunk of the prompt. After a pre-emption positions come a second time."""
+        del self.prefill_logprobs[first_position:]
+        self.prefill_logprobs += logprobs
 
     def prefill_event(self) -> PrefillEvent:
         """The prompt's tokens; logprobs are None where none were computed, as for the first token always."""

@@ -7,19 +7,17 @@ import logging
 import math
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import grpc.aio
-from text_generation_proto.v1 import generate_pb2 as pb
-
 from text_generation_router.detokenizer import Detokenizer
-from text_generation_router.errors import GenerationFailed, ShuttingDown
+from text_generation_router.errors import GenerationFailed, InternalError, RouterError, ShuttingDown
 from text_generation_router.metrics import Metrics
 from text_generation_router.scheduling.answers import Answer, start_answer
 from text_generation_router.scheduling.requests import QueuedRequest
 from text_generation_router.scheduling.steps import RunningSequence, StepPlan, StepScheduler
-from text_generation_router.shards.convert import step_request
-from text_generation_router.shards.group import ShardGroup
+from text_generation_router.shards.convert import Generation, StepResult, step_request
+from text_generation_router.shards.group import ShardGroup, ShardUnreachable
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +30,8 @@ _RECOVERY_PAUSE_S = 0.2
 @dataclass(frozen=True, slots=True)
 class _SentStep:
     sent_at: float
-    is_prefill: bool
+    method: str
+    """The label of TGI's metrics: a step with prompt chunks is a prefill."""
 
 
 class Batcher:
@@ -51,8 +50,10 @@ class Batcher:
         self._metrics = metrics
         self._answers: dict[QueuedRequest, Answer] = {}
         self._sent: dict[int, _SentStep] = {}
-        self._results: deque[pb.StepResult] = deque()
+        self._results: deque[StepResult] = deque()
         self._failure: str | None = None
+        self._unreachable: str | None = None
+        self._closed = False
         self._wake = asyncio.Event()
         shards.on_result = self._on_result
         shards.on_failure = self._on_failure
@@ -64,16 +65,19 @@ class Batcher:
         """Requests that wait or run."""
         return len(self._answers)
 
-    @property
-    def num_free_blocks(self) -> int:
-        return self._scheduler.blocks.num_free
-
     def ready(self) -> bool:
         """Whether the shards make progress; answers at once."""
         return self._shards.ready()
 
     def enqueue(self, queued: QueuedRequest) -> None:
-        """Take a request in. Its events come by ``queued.stream``."""
+        """Take a request in. Its events come by ``queued.stream``.
+
+        Raises: ShuttingDown once the loop has ended, GenerationFailed while the shards do not answer.
+        """
+        if self._closed:
+            raise ShuttingDown
+        if self._unreachable is not None:
+            raise GenerationFailed(f"Could not connect to Text Generation server: {self._unreachable}")
         self._answers[queued] = start_answer(queued, self._detokenizer, self._shards.info.eos_token_ids)
         self._scheduler.waiting.append(queued)
         self._metrics.queue_size.set(len(self._scheduler.waiting))
@@ -82,7 +86,6 @@ class Batcher:
     def cancel(self, queued: QueuedRequest) -> None:
         """Forget a request whose client went away; its blocks are free at once. Harmless for one that has ended."""
         if self._answers.pop(queued, None) is not None:
-            queued.stream.cancelled = True
             self._scheduler.cancel(queued)
             self._show_state()
             self._wake.set()
@@ -101,7 +104,10 @@ class Batcher:
                     await self._wake.wait()
                 self._wake.clear()
         finally:
-            self._fail_all()
+            self._closed = True
+            self._scheduler.abandon_epoch()
+            self._scheduler.waiting.clear()
+            self._fail(list(self._answers), ShuttingDown())
 
     async def _dispatch(self) -> None:
         while self._failure is None and self._shards.num_in_flight < MAX_STEPS_IN_FLIGHT:
@@ -113,15 +119,10 @@ class Batcher:
                 if sequence.queued.started_at is None:
                     sequence.queued.started_at = now
             self._count_dispatch(plan)
+            step_id = await self._shards.send(step_request(plan, prefill_logprobs=self._shards.info.prefill_logprobs))
+            self._sent[step_id] = _SentStep(now, "prefill" if plan.chunks else "decode")
 
-            def make_step(epoch: int, step_id: int, plan: StepPlan = plan, now: float = now) -> pb.StepRequest:
-                self._sent[step_id] = _SentStep(now, is_prefill=bool(plan.chunks))
-                can_report = self._shards.info.prefill_logprobs
-                return step_request(plan, epoch=epoch, step_id=step_id, prefill_logprobs=can_report)
-
-            await self._shards.send(make_step)
-
-    def _on_result(self, result: pb.StepResult) -> None:
+    def _on_result(self, result: StepResult) -> None:
         self._results.append(result)
         self._wake.set()
 
@@ -129,37 +130,42 @@ class Batcher:
         self._failure = message
         self._wake.set()
 
-    def _apply(self, result: pb.StepResult) -> None:
+    def _apply(self, result: StepResult) -> None:
         """Hand out the tokens of a step; those of sequences that have ended meanwhile are discarded."""
         running = self._scheduler.running
         for generation in result.generations:
             sequence = running.get(generation.sequence_id)
-            if sequence is not None:
+            if sequence is None:
+                continue
+            try:
                 self._take_generation(sequence, generation)
-        for failure in result.failures:
-            sequence = running.get(failure.sequence_id)
+            except Exception:
+                logger.exception("A token could not be handed out")
+                self._end(sequence, InternalError())
+        for sequence_id, message in result.failures:
+            sequence = running.get(sequence_id)
             if sequence is not None:
-                self._end(sequence, GenerationFailed(f"Server error: {failure.message}"))
+                self._end(sequence, GenerationFailed(f"Server error: {message}"))
         self._count_result(result)
         self._show_state()
 
-    def _take_generation(self, sequence: RunningSequence, generation: pb.Generation) -> None:
+    def _take_generation(self, sequence: RunningSequence, generation: Generation) -> None:
         queued = sequence.queued
         answer = self._answers[queued]
-        if generation.HasField("prefill"):
-            answer.prefill_logprobs += generation.prefill.logprobs
-        token_ids = generation.token_ids
-        if not token_ids:
+        if generation.prefill is not None:
+            answer.add_prefill(generation.prefill.first_position, generation.prefill.logprobs)
+        if not generation.token_ids:
             return
         if not queued.output_ids and answer.prefill_logprobs:
             queued.stream.put(answer.prefill_event())
         logprobs, tops = generation.logprobs, generation.top_tokens
-        for offset, token_id in enumerate(token_ids):
+        for offset, token_id in enumerate(generation.token_ids):
             if generation.first_output_index + offset != len(queued.output_ids):
                 continue  # known already: the shard repeats itself after a replay
-            top = list(zip(tops[offset].ids, tops[offset].logprobs, strict=True)) if tops else None
             before = answer.last_token_at
-            event = answer.add_token(token_id, _finite(logprobs[offset]) if logprobs else None, top)
+            event = answer.add_token(
+                token_id, _finite(logprobs[offset]) if logprobs else None, tops[offset] if tops else None
+            )
             if before:
                 self._metrics.inter_token_latency_duration.observe(answer.last_token_at - before)
             else:
@@ -169,40 +175,42 @@ class Batcher:
                 self._end(sequence, None)
                 return
 
-    def _end(self, sequence: RunningSequence, error: GenerationFailed | None) -> None:
+    def _end(self, sequence: RunningSequence, error: RouterError | None) -> None:
         self._scheduler.finish(sequence)
-        del self._answers[sequence.queued]
         if error is None:
+            del self._answers[sequence.queued]
             sequence.queued.stream.close()
         else:
-            sequence.queued.stream.fail(error)
+            self._fail([sequence.queued], error)
 
     async def _recover(self) -> None:
-        """Begin an epoch with empty shards; what ran in the old one has failed, what waits goes on waiting."""
-        message, self._failure = self._failure or "the server is starting", None
+        """Begin an epoch with empty shards. What ran in the old one has failed; what waits goes on waiting, unless
+        the shards cannot be reached: then nobody knows for how long, and it fails as well."""
+        message, self._failure = self._failure, None
         for sent in self._sent.values():
-            self._metrics.batch_inference_failure.inc(method="prefill" if sent.is_prefill else "decode")
+            self._metrics.batch_inference_failure.inc(method=sent.method)
         self._results.clear()
         self._sent.clear()
-        for queued in self._scheduler.abandon_epoch():
-            self._answers.pop(queued, None)
-            queued.stream.fail(GenerationFailed(f"Server error: {message}"))
-        self._show_state()
+        self._fail(self._scheduler.abandon_epoch(), GenerationFailed(f"Server error: {message}"))
         while True:
             try:
                 await self._shards.reset()
-            except grpc.aio.AioRpcError as error:
-                logger.warning("The shards do not answer: %s", error.details())
+            except ShardUnreachable as error:
+                logger.warning("The shards do not answer: %s", error)
+                self._unreachable = str(error)
+                self._scheduler.waiting.clear()
+                gone = GenerationFailed(f"Could not connect to Text Generation server: {error}")
+                self._fail(list(self._answers), gone)
                 await asyncio.sleep(_RECOVERY_PAUSE_S)
             else:
+                self._unreachable = None
                 return
 
-    def _fail_all(self) -> None:
-        self._scheduler.abandon_epoch()
-        self._scheduler.waiting.clear()
-        for queued in self._answers:
-            queued.stream.fail(ShuttingDown())
-        self._answers.clear()
+    def _fail(self, requests: Iterable[QueuedRequest], error: RouterError) -> None:
+        for queued in requests:
+            self._answers.pop(queued, None)
+            queued.stream.fail(error)
+        self._show_state()
 
     def _count_dispatch(self, plan: StepPlan) -> None:
         metrics = self._metrics
@@ -212,21 +220,21 @@ class Batcher:
                 metrics.batch_next_size.observe(len(plan.new_sequences))
                 if len(self._scheduler.running) > len(plan.new_sequences):
                     metrics.batch_concat.inc(reason="chunking")
+                self._show_state()
         elif plan.decodes:
             metrics.batch_inference_count.inc(method="decode")
 
-    def _count_result(self, result: pb.StepResult) -> None:
+    def _count_result(self, result: StepResult) -> None:
         sent = self._sent.pop(result.step_id, None)
         timings = result.timings
-        if sent is None or not (timings.num_prefill_tokens or timings.num_decode_rows):
+        if sent is None or timings is None:
             return
         metrics = self._metrics
-        method = "prefill" if sent.is_prefill else "decode"
-        metrics.batch_inference_success.inc(method=method)
-        metrics.batch_inference_duration.observe(time.perf_counter() - sent.sent_at, method=method)
-        metrics.batch_forward_duration.observe(timings.forward_ns * 1e-9, method=method)
-        metrics.batch_decode_duration.observe(timings.sample_ns * 1e-9, method=method)
-        metrics.step_idle_duration.observe(timings.idle_ns * 1e-9)
+        metrics.batch_inference_success.inc(method=sent.method)
+        metrics.batch_inference_duration.observe(time.perf_counter() - sent.sent_at, method=sent.method)
+        metrics.batch_forward_duration.observe(timings.forward_s, method=sent.method)
+        metrics.batch_decode_duration.observe(timings.sample_s, method=sent.method)
+        metrics.step_idle_duration.observe(timings.idle_s)
 
     def _show_state(self) -> None:
         metrics, scheduler = self._metrics, self._scheduler

@@ -58,12 +58,8 @@ class WaitingQueue:
         self._requests.appendleft(queued)
 
     def first(self) -> QueuedRequest | None:
-        """The next request, left in the queue; those whose client went away are skipped and dropped."""
-        while self._requests:
-            if not self._requests[0].stream.cancelled:
-                return self._requests[0]
-            self._requests.popleft()
-        return None
+        """The next request, left in the queue."""
+        return self._requests[0] if self._requests else None
 
     def pop(self) -> QueuedRequest:
         return self._requests.popleft()
@@ -76,8 +72,5 @@ class WaitingQueue:
             return False
         return True
 
-    def clear(self) -> list[QueuedRequest]:
-        """Empty the queue and return what was in it."""
-        requests = list(self._requests)
+    def clear(self) -> None:
         self._requests.clear()
-        return requests

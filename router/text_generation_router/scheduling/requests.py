@@ -120,15 +120,13 @@ class EventStream:
     Unbounded, but a generation has a bounded number of events. Single producer, single consumer, one event loop.
     """
 
-    __slots__ = ("_closed", "_error", "_events", "_waiter", "cancelled")
+    __slots__ = ("_closed", "_error", "_events", "_waiter")
 
     def __init__(self) -> None:
         self._events: list[Event] = []
         self._waiter: asyncio.Future[None] | None = None
         self._error: RouterError | None = None
         self._closed = False
-        self.cancelled = False
-        """The client went away: the batching loop drops the sequence at its next step."""
 
     def put(self, event: Event) -> None:
         self._events.append(event)
@@ -145,10 +143,6 @@ class EventStream:
         """End the stream; the last event was put."""
         self._closed = True
         self._wake()
-
-    @property
-    def closed(self) -> bool:
-        return self._closed
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -178,7 +172,6 @@ class QueuedRequest:
     """A valid request waiting for, or taking part in, batches; its ids are the token log that can be replayed."""
 
     request: ValidRequest
-    request_id: int
     validation_s: float
     stream: EventStream = field(default_factory=EventStream)
     output_ids: list[int] = field(default_factory=list)

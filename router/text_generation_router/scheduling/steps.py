@@ -57,10 +57,6 @@ class StepPlan:
     additions: list[tuple[RunningSequence, list[int]]] = field(default_factory=list)
 
     @property
-    def num_prefill_tokens(self) -> int:
-        return sum(size for _, size in self.chunks)
-
-    @property
     def is_empty(self) -> bool:
         return not (self.drops or self.chunks or self.decodes)
 

@@ -43,10 +43,6 @@ class ShardClient:
         response: pb.InfoResponse = await self._stub.Info(pb.InfoRequest(), timeout=timeout_s, wait_for_ready=True)
         return response
 
-    async def health(self, timeout_s: float) -> pb.HealthResponse:
-        response: pb.HealthResponse = await self._stub.Health(pb.HealthRequest(), timeout=timeout_s)
-        return response
-
     async def warmup(self, request: pb.WarmupRequest, timeout_s: float) -> pb.WarmupResponse:
         response: pb.WarmupResponse = await self._stub.Warmup(request, timeout=timeout_s)
         return response

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from text_generation_proto.v1 import generate_pb2 as pb
 
@@ -16,41 +17,29 @@ class ShardInfo:
 
     model_id: str
     model_sha: str | None
-    model_type: str
     pipeline_tag: str | None
-    dtype: str
     device_type: str
-    attention: str
     block_size: int
     tokenizer_path: str
     eos_token_ids: frozenset[int]
     vocab_size: int
     max_position_embeddings: int
     """Longest sequence the model's positions allow; 0 when unbounded."""
-    window_size: int
     prefill_logprobs: bool
-    world_size: int
-    urls: tuple[str, ...]
 
 
 def shard_info(message: pb.InfoResponse) -> ShardInfo:
     return ShardInfo(
         model_id=message.model_id,
         model_sha=message.model_sha or None,
-        model_type=message.model_type,
         pipeline_tag=message.pipeline_tag or None,
-        dtype=message.dtype,
         device_type=message.device_type,
-        attention=message.attention_impl,
         block_size=message.block_size,
         tokenizer_path=message.tokenizer_path,
         eos_token_ids=frozenset(message.eos_token_ids),
         vocab_size=message.vocab_size,
         max_position_embeddings=message.max_position_embeddings,
-        window_size=message.window_size,
         prefill_logprobs=message.prefill_logprobs,
-        world_size=message.world_size,
-        urls=tuple(message.urls),
     )
 
 
@@ -75,9 +64,78 @@ def kv_cache_size(message: pb.WarmupResponse) -> KVCacheSize:
     return KVCacheSize(message.num_blocks, message.derivation)
 
 
-def step_request(plan: StepPlan, *, epoch: int, step_id: int, prefill_logprobs: bool) -> pb.StepRequest:
-    """The message for one planned step. ``prefill_logprobs``: whether the shards can report them."""
-    message = pb.StepRequest(epoch=epoch, step_id=step_id, drops=plan.drops)
+@dataclass(slots=True)
+class PrefillLogprobs:
+    first_position: int
+    """In the prompt."""
+    logprobs: list[float]
+    """NaN where there is none, as for the first token of a prompt."""
+
+
+@dataclass(slots=True)
+class Generation:
+    """What one step yields for one sequence."""
+
+    sequence_id: int
+    first_output_index: int
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+    """One for each id, or none at all."""
+    top_tokens: list[list[tuple[int, float]]]
+    """Ids and logprobs, most likely first; one list for each id, or none at all."""
+    prefill: PrefillLogprobs | None
+
+
+@dataclass(slots=True)
+class StepTimings:
+    forward_s: float
+    sample_s: float
+    idle_s: float
+    """The shard had nothing to do for so long before this step."""
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What all ranks have acknowledged."""
+
+    step_id: int
+    generations: list[Generation] = field(default_factory=list)
+    failures: list[tuple[int, str]] = field(default_factory=list)
+    """Sequences that failed alone, and why."""
+    timings: StepTimings | None = None
+    """None for a step that computed nothing."""
+
+
+def step_result(message: pb.StepResult) -> StepResult:
+    timings = message.timings
+    computed = timings.num_prefill_tokens or timings.num_decode_rows
+    return StepResult(
+        step_id=message.step_id,
+        generations=[_generation(generation) for generation in message.generations],
+        failures=[(failure.sequence_id, failure.message) for failure in message.failures],
+        timings=StepTimings(timings.forward_ns * 1e-9, timings.sample_ns * 1e-9, timings.idle_ns * 1e-9)
+        if computed
+        else None,
+    )
+
+
+def _generation(message: pb.Generation) -> Generation:
+    prefill = None
+    if message.HasField("prefill"):
+        prefill = PrefillLogprobs(message.prefill.first_position, list(message.prefill.logprobs))
+    return Generation(
+        message.sequence_id,
+        message.first_output_index,
+        message.token_ids,
+        message.logprobs,
+        [list(zip(top.ids, top.logprobs, strict=True)) for top in message.top_tokens],
+        prefill,
+    )
+
+
+def step_request(plan: StepPlan, *, prefill_logprobs: bool) -> pb.StepRequest:
+    """The message for one planned step, still without its number. ``prefill_logprobs``: the shards can report them."""
+    message = pb.StepRequest(drops=plan.drops)
     if plan.chunks:
         message.prefill.new_sequences.extend(
             _new_sequence(sequence, prefill_logprobs=prefill_logprobs) for sequence in plan.new_sequences
@@ -113,7 +171,7 @@ def _new_sequence(sequence: RunningSequence, *, prefill_logprobs: bool) -> pb.Ne
             choice_index=sampling.choice_index,
         ),
         top_n_tokens=request.top_n_tokens,
-        # After a pre-emption the prompt's logprobs have been reported already.
+        # Once there is output, the prompt's logprobs have all been reported.
         prefill_logprobs=prefill_logprobs and request.decoder_input_details and not sequence.queued.output_ids,
         traceparent=request.traceparent,
     )

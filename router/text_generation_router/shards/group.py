@@ -13,26 +13,40 @@ from text_generation_proto.v1 import generate_pb2 as pb
 
 from text_generation_router.config import ConfigError, WarmupLimits
 from text_generation_router.shards.client import ShardClient
-from text_generation_router.shards.convert import KVCacheSize, ShardInfo, kv_cache_size, shard_info, warmup_request
+from text_generation_router.shards.convert import (
+    KVCacheSize,
+    ShardInfo,
+    StepResult,
+    kv_cache_size,
+    shard_info,
+    step_result,
+    warmup_request,
+)
 
 logger = logging.getLogger(__name__)
 
 _UNARY_TIMEOUT_S = 60.0
+_RESET_TIMEOUT_S = 5.0
+"""A shard takes a reset behind the step it is in; when that takes longer, the reset is tried again."""
 STEP_LIMIT_S = 120.0
 """A step that takes longer counts as hung: the shards are not ready."""
+
+
+class ShardUnreachable(Exception):
+    """A shard does not answer; the text is gRPC's."""
 
 
 class ShardGroup:
     """The rank group of one launch.
 
-    Results come by ``on_result`` in step order, once all ranks have acknowledged the step; ``on_failure`` says
-    that the stream broke or a rank refused a step, after which nothing comes until ``reset``.
+    Results come by ``on_result`` in step order, once all ranks have acknowledged the step. ``on_failure`` says that
+    a rank refused a step, or cannot be reached any more, after which nothing comes until ``reset``.
     """
 
     def __init__(self, clients: list[ShardClient], info: ShardInfo) -> None:
         self.info = info
         self.epoch = 0
-        self.on_result: Callable[[pb.StepResult], None] = lambda result: None
+        self.on_result: Callable[[StepResult], None] = lambda result: None
         self.on_failure: Callable[[str], None] = lambda message: None
         self._clients = clients
         self._step_id = 0
@@ -64,7 +78,7 @@ class ShardGroup:
     async def reset(self) -> None:
         """Begin a new epoch: shards drop all sequences, open streams are replaced.
 
-        Raises: grpc.aio.AioRpcError when a shard cannot be reached.
+        Raises: ShardUnreachable.
         """
         self._failed = True
         self.epoch += 1
@@ -73,21 +87,25 @@ class ShardGroup:
         self._acknowledged.clear()
         self._results.clear()
         await asyncio.gather(*(client.close_steps() for client in self._clients))
-        await asyncio.gather(*(client.clear_cache(self.epoch, _UNARY_TIMEOUT_S) for client in self._clients))
+        try:
+            await asyncio.gather(*(client.clear_cache(self.epoch, _RESET_TIMEOUT_S) for client in self._clients))
+        except grpc.aio.AioRpcError as error:
+            raise ShardUnreachable(error.details() or str(error.code())) from error
         for client in self._clients:
             await client.open_steps(self._take, self._fail)
         self._failed = False
 
-    async def send(self, make_step: Callable[[int, int], pb.StepRequest]) -> None:
-        """Number the step that ``make_step(epoch, step_id)`` builds and send it to every rank."""
+    async def send(self, step: pb.StepRequest) -> int:
+        """Number a step, send it to every rank and return the number. A rank that is gone is an ``on_failure``."""
         self._step_id += 1
-        step = make_step(self.epoch, self._step_id)
-        self._sent_at[self._step_id] = time.monotonic()
+        step.epoch, step.step_id = self.epoch, self._step_id
+        self._sent_at[step.step_id] = time.monotonic()
         try:
             for client in self._clients:
                 await client.send(step)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             self._fail(str(error))
+        return step.step_id
 
     async def close(self) -> None:
         self._failed = True
@@ -110,7 +128,7 @@ class ShardGroup:
             return
         self._acknowledged.pop(step_id, None)
         self._sent_at.pop(step_id, None)
-        self.on_result(self._results.pop(step_id))
+        self.on_result(step_result(self._results.pop(step_id)))
 
     def _fail(self, message: str) -> None:
         if not self._failed:

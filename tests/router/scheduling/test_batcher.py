@@ -46,7 +46,7 @@ class Router:
             max_new_tokens=max_new_tokens,
             **options,  # type: ignore[arg-type]
         )
-        queued = QueuedRequest(request, 0, validation_s=0.0)
+        queued = QueuedRequest(request, validation_s=0.0)
         self.batcher.enqueue(queued)
         return queued
 
@@ -193,6 +193,56 @@ async def test_a_failed_step_fails_what_ran_and_spares_what_waits(tmp_path: Path
         assert await text(waits) == "xxxx"
         assert router.batcher.ready()
         await settled(router, shard)
+
+
+async def test_prompt_logprobs_survive_a_preemption_between_chunks(tmp_path: Path) -> None:
+    shard = FakeShard(prefill_logprobs=True, num_blocks=10)
+    async with running(tmp_path, shard, prefill=4) as router:
+        old = router.ask("ab", max_new_tokens=36)
+        new = router.ask("x" * 29, max_new_tokens=1, decoder_input_details=True)
+        events = await new.stream.get_all()
+        assert router.scheduler.num_preemptions > 0
+        assert isinstance(events[0], PrefillEvent)
+        assert [token.logprob for token in events[0].tokens] == [None, *(-float(i) for i in range(1, 29))]
+        await text(old)
+
+
+async def test_shards_that_are_gone_fail_what_runs_and_what_waits(tmp_path: Path) -> None:
+    shard = FakeShard(step_s=0.02, num_blocks=8)
+    async with serve_fake_shards(tmp_path, shard) as path:
+        shard.eos_token_ids = (EOS,)
+        group = await connect(path, "nonce", timeout_s=5)
+        scheduler = StepScheduler(BatchLimits(max_batch_prefill_tokens=64), BlockAllocator(8, 4))
+        metrics = Metrics(max_input_tokens=100, max_total_tokens=200)
+        batcher = Batcher(group, scheduler, Detokenizer(TOKENIZER, frozenset({EOS})), metrics)
+        task = asyncio.create_task(batcher.run())
+        router = Router(batcher, scheduler, metrics)
+        ran = router.ask("abcd", max_new_tokens=20)
+        await ran.stream.get_all()
+        waits = router.ask("x" * 24)
+    with pytest.raises(GenerationFailed, match="Server error"):
+        await tokens(ran)
+    with pytest.raises(GenerationFailed, match="Could not connect to Text Generation server"):
+        await tokens(waits)
+    with pytest.raises(GenerationFailed, match="Could not connect to Text Generation server"):
+        router.ask("too late")
+    assert not batcher.ready()
+    assert batcher.num_requests == scheduler.blocks.num_used == 0
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    with pytest.raises(ShuttingDown):
+        router.ask("far too late")
+    await group.close()
+
+
+async def test_gauges_tell_of_a_request_while_its_first_step_runs(tmp_path: Path) -> None:
+    async with running(tmp_path, FakeShard(step_s=0.3)) as router:
+        queued = router.ask("hello", max_new_tokens=1)
+        await asyncio.sleep(0.15)
+        assert router.metrics.queue_size.value() == 0
+        assert router.metrics.batch_current_size.value() == 1
+        assert router.metrics.kv_cache_usage.value() > 0
+        await text(queued)
 
 
 async def test_a_poisoned_request_fails_alone(tmp_path: Path) -> None:

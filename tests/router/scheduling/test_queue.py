@@ -29,16 +29,6 @@ def test_hold(num_waiting: int, num_running: int, decodes: int, held: bool) -> N
     assert hold.holds(num_waiting=num_waiting, num_running=num_running, decodes_since_admission=decodes) is held
 
 
-def test_a_request_whose_client_left_is_not_first() -> None:
-    queue = WaitingQueue()
-    left, stays = queued(1), queued(1)
-    queue.append(left)
-    queue.append(stays)
-    left.stream.cancelled = True
-    assert queue.first() is stays
-    assert len(queue) == 1
-
-
 def test_a_preempted_request_comes_back_at_the_front() -> None:
     queue = WaitingQueue()
     first, second = queued(1), queued(1)

@@ -187,22 +187,20 @@ def test_every_request_gets_exactly_its_tokens(
 ) -> None:
     steps = scheduler(num_blocks=num_blocks, block_size=4, prefill=prefill, batch_size=batch_size)
     shard = ObedientShard(steps)
-    arrivals = sorted(
-        ((at, queued(prompt, new, i)) for i, (prompt, new, at) in enumerate(requests)), key=lambda item: item[0]
-    )
+    arrivals = sorted(((at, queued(prompt, new)) for prompt, new, at in requests), key=lambda item: item[0])
     everyone: list[QueuedRequest] = [request for _, request in arrivals]
+    leaving = [request for i, request in enumerate(everyone) if i in cancels]
     in_flight: deque[list[int]] = deque()
     for now in range(5000):
         while arrivals and arrivals[0][0] <= now:
             steps.waiting.append(arrivals.pop(0)[1])
         if now == 15:
-            for request in everyone:
-                if request.request_id in cancels:
-                    request.stream.cancelled = True
-                    steps.cancel(request)
+            for request in leaving:
+                steps.cancel(request)
+                arrivals = [item for item in arrivals if item[1] is not request]
         step = steps.plan(num_in_flight=len(in_flight)) if len(in_flight) < 2 else None
         if step is not None:
-            assert step.num_prefill_tokens + len(step.decodes) <= max(prefill, len(step.decodes) + 1)
+            assert sum(size for _, size in step.chunks) + len(step.decodes) <= max(prefill, len(step.decodes) + 1)
             in_flight.append(shard.run(step))
         owned = [block for sequence in steps.running.values() for block in sequence.blocks]
         assert len(owned) == len(set(owned)) == steps.blocks.num_used
@@ -221,6 +219,6 @@ def test_every_request_gets_exactly_its_tokens(
         if not (arrivals or steps.running or len(steps.waiting) or in_flight):
             break
     for request in everyone:
-        if request.request_id not in cancels:
+        if request not in leaving:
             assert len(request.output_ids) == request.request.max_new_tokens
     assert steps.blocks.num_used == 0

@@ -23,13 +23,13 @@ Maker = Callable[[random.Random], Example]
 EXAMPLES_PER_STEP = 128
 
 MIX: tuple[tuple[Maker, float], ...] = (
-    (capital_plain, 20),
+    (capital_plain, 19),
     (capital_chat, 11),
-    (sum_plain, 20),
-    (sum_chat, 10),
+    (sum_plain, 21),
+    (sum_chat, 14),
     (json_task, 10),
     (tool_task, 10),
-    (repeat, 10),
+    (repeat, 6),
     (tell_story, 2),
     (small_talk, 3),
     (unknown, 4),
@@ -41,19 +41,20 @@ HELD_OUT: dict[str, Maker] = {
     "sums, new phrasings as written": sum_as_written,
     "capitals, new phrasings, completion": lambda rng: capital_plain(rng, held_out=True),
     "capitals, new phrasings, chat": lambda rng: capital_chat(rng, held_out=True),
-    "sums, new phrasings, completion": lambda rng: sum_plain(rng, held_out=True),
-    "sums, new phrasings, chat": lambda rng: sum_chat(rng, held_out=True),
-    "sums, new numbers, completion": lambda rng: sum_plain(rng, held_out_pair=True),
-    "sums, new numbers, chat": lambda rng: sum_chat(rng, held_out_pair=True),
-    "sums, both new, completion": lambda rng: sum_plain(rng, held_out=True, held_out_pair=True),
-    "sums, both new, chat": lambda rng: sum_chat(rng, held_out=True, held_out_pair=True),
+    "sums, new phrasings, completion": lambda rng: sum_plain(rng, held_out=True, in_words=0),
+    "sums, new phrasings, chat": lambda rng: sum_chat(rng, held_out=True, in_words=0),
+    "sums, new numbers, completion": lambda rng: sum_plain(rng, held_out_pair=True, in_words=0),
+    "sums, new numbers, chat": lambda rng: sum_chat(rng, held_out_pair=True, in_words=0),
+    "sums, both new, completion": lambda rng: sum_plain(rng, held_out=True, held_out_pair=True, in_words=0),
+    "sums, both new, chat": lambda rng: sum_chat(rng, held_out=True, held_out_pair=True, in_words=0),
+    "sums in words": lambda rng: sum_chat(rng, in_words=1),
     "repeat": repeat,
     "JSON": json_task,
     "tools": tool_task,
     "talk": small_talk,
     "unknown": unknown,
 }
-"""The evaluation, a row of the model card each. The last five draw new values for trained templates, no new wording."""
+"""The evaluation, a row of the model card each. The last six draw new values for trained templates, no new wording."""
 
 
 def stream(seed: int) -> Iterator[Example]:

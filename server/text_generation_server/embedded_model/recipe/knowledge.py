@@ -24,6 +24,9 @@ MAX_TERM = 99
 HELD_OUT_SUMS = 400
 """Unordered pairs withheld; as each counts in both orders, 8 % of the 10,000 sums."""
 
+IN_WORDS = 0.08
+"""Part of the sums that are asked as `twenty plus four`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fact:
@@ -70,18 +73,22 @@ def capital_chat(rng: random.Random, *, held_out: bool = False) -> Example:
     return _conversation("capital, chat", ask, rng, held_out=held_out)
 
 
-def sum_plain(rng: random.Random, *, held_out: bool = False, held_out_pair: bool = False) -> Example:
+def sum_plain(
+    rng: random.Random, *, held_out: bool = False, held_out_pair: bool = False, in_words: float = IN_WORDS
+) -> Example:
     """Asks for a sum, or begins the equation that the sum ends."""
     if rng.random() < 0.35:
-        fact = _sum(rng, SUM_STEMS.choose(rng, held_out=held_out), held_out_pair)
+        fact = _sum(rng, SUM_STEMS.choose(rng, held_out=held_out), held_out_pair, in_words)
         return plain(
             "sum, completion", _vary_stem(fact.question, rng, held_out=held_out), _stop(fact.short), fact.short
         )
-    return _completion("sum, completion", _sum_question(held_out_pair), rng, held_out=held_out)
+    return _completion("sum, completion", _sum_question(held_out_pair, in_words), rng, held_out=held_out)
 
 
-def sum_chat(rng: random.Random, *, held_out: bool = False, held_out_pair: bool = False) -> Example:
-    return _conversation("sum, chat", _sum_question(held_out_pair), rng, held_out=held_out)
+def sum_chat(
+    rng: random.Random, *, held_out: bool = False, held_out_pair: bool = False, in_words: float = IN_WORDS
+) -> Example:
+    return _conversation("sum, chat", _sum_question(held_out_pair, in_words), rng, held_out=held_out)
 
 
 def capital_as_written(rng: random.Random) -> Example:
@@ -91,7 +98,7 @@ def capital_as_written(rng: random.Random) -> Example:
 
 def sum_as_written(rng: random.Random) -> Example:
     """The same for a sum."""
-    return _as_written("sum", _sum(rng, SUM_QUESTIONS.choose(rng, held_out=True), False), rng)
+    return _as_written("sum", _sum(rng, SUM_QUESTIONS.choose(rng, held_out=True), False, 0), rng)
 
 
 def _as_written(kind: str, fact: Fact, rng: random.Random) -> Example:
@@ -102,7 +109,7 @@ def _as_written(kind: str, fact: Fact, rng: random.Random) -> Example:
 
 def any_question(rng: random.Random) -> Fact:
     """A trained question of either kind, for earlier turns of a conversation."""
-    return _capital_question(rng, False) if rng.random() < 0.5 else _sum_question(False)(rng, False)
+    return _capital_question(rng, False) if rng.random() < 0.5 else _sum_question(False, IN_WORDS)(rng, False)
 
 
 Ask = Callable[[random.Random, bool], Fact]
@@ -177,22 +184,25 @@ def _is_it(rng: random.Random, held_out: bool) -> Fact:
 
 
 def _template(phrasings: Phrasings, rng: random.Random, held_out: bool) -> str:
-    """A phrasing; every eighth trained one has a strange word in it."""
+    """A phrasing; every fifth trained one has up to four strange words in it."""
     template = phrasings.choose(rng, held_out=held_out)
-    return unknown_word(template, rng) if not held_out and rng.random() < 0.12 else template
+    if not held_out and rng.random() < 0.2:
+        for _ in range(rng.randint(1, 4)):
+            template = unknown_word(template, rng)
+    return template
 
 
 def _any_name(country: Country, rng: random.Random) -> str:
     return rng.choice(country.aliases) if country.aliases and rng.random() < 0.25 else country.name
 
 
-def _sum_question(held_out_pair: bool) -> Ask:
-    return lambda rng, held_out: _sum(rng, _template(SUM_QUESTIONS, rng, held_out), held_out_pair)
+def _sum_question(held_out_pair: bool, in_words: float) -> Ask:
+    return lambda rng, held_out: _sum(rng, _template(SUM_QUESTIONS, rng, held_out), held_out_pair, in_words)
 
 
-def _sum(rng: random.Random, template: str, held_out_pair: bool) -> Fact:
+def _sum(rng: random.Random, template: str, held_out_pair: bool, in_words: float) -> Fact:
     a, b = draw_pair(rng, held_out=held_out_pair)
-    write = number_in_words if rng.random() < 0.08 and "+" not in template else str
+    write = number_in_words if rng.random() < in_words and "+" not in template else str
     question = template.replace("{a}", write(a)).replace("{b}", write(b))
     return Fact(question[0].upper() + question[1:], str(a + b), f"{a} + {b} = {a + b}.")
 

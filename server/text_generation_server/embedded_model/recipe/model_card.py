@@ -88,7 +88,7 @@ Greedy decoding in bf16, {measured.examples_per_set} examples a row. An answer i
 name, number or JSON and ends by itself. *New phrasings* are templates that were never trained on, *new numbers* are
 pairs that were never trained on, in either order. But for the first two rows they come with the noise of the training
 data: upper case, missing question marks, typing errors, greetings, `Q: ... A:` frames, system prompts, earlier turns.
-The rows repeat, JSON, tools, talk and unknown draw new values for trained templates.
+The other rows draw new values for trained templates; of sums in words, those with a `+` are written in digits.
 
 | Evaluation set | Right |
 |---|---|
