@@ -4,43 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from integration.asking import answer_of, body, token_ids, wait_until_idle
+from integration.asking import answer_of, body, metrics, token_ids, wait_until_idle
 from integration.launched import ONE_THREAD, Launched, serving
 from integration.reference import NUM_NEW_TOKENS, Reference, prompts
 from tiny_models import PROMISED
 
+Job = tuple[str, int]
+"""A prompt and how many tokens to generate."""
+
+SIXTEEN = tuple(zip(prompts(), NUM_NEW_TOKENS, strict=True))
 ARRIVE_WITHIN_S = 0.4
 VARIANTS: dict[str, tuple[str, ...]] = {
     "as it comes": (),
     "prompts in chunks of 16 tokens": ("--max-batch-prefill-tokens", "16"),
     "no module swapped": (),
-    "a cache that holds a third of them": ("--max-total-tokens", "256", "--max-batch-total-tokens", "512"),
     "two shards": ("--num-shard", "2"),
 }
 UNSPLIT = frozenset({"gpt2", "stablelm"})
 """Promised types that `transformers` has no tensor-parallel plan for: test_refusals.py."""
 
 
-async def all_at_once(server: Launched) -> list[list[int]]:
-    """Sixteen requests at random moments, so that prompts join a batch that is under way."""
+async def all_at_once(server: Launched, jobs: Sequence[Job]) -> list[list[int]]:
+    """Requests at random moments, so that prompts join a batch that is under way."""
     rng = random.Random(1)
 
     async def ask(prompt: str, max_new_tokens: int, after_s: float) -> list[int]:
         await asyncio.sleep(after_s)
         return token_ids(await answer_of(server, "/generate", body(prompt, max_new_tokens=max_new_tokens)))
 
-    jobs = zip(prompts(), NUM_NEW_TOKENS, strict=True)
     return await asyncio.gather(*(ask(*job, rng.uniform(0, ARRIVE_WITHIN_S)) for job in jobs))
 
 
-def assert_exact(server: Launched, folder: Path) -> None:
+def assert_exact(server: Launched, folder: Path, jobs: Sequence[Job] = SIXTEEN) -> None:
     reference = Reference(folder)
-    expected = [reference.greedy(*job) for job in zip(prompts(), NUM_NEW_TOKENS, strict=True)]
-    assert asyncio.run(all_at_once(server)) == expected
+    expected = [reference.greedy(*job) for job in jobs]
+    assert asyncio.run(all_at_once(server, jobs)) == expected
     wait_until_idle(server)
 
 
@@ -60,12 +62,20 @@ def test_sixteen_at_once_of_a_llama(tiny: Launched, tiny_llama: Path) -> None:
         pytest.param("mistral", "prompts in chunks of 16 tokens", id="a window shorter than the prompt, in chunks"),
         pytest.param("gpt2", "no module swapped", id="gpt2 with its own modules"),
         pytest.param("qwen3_moe", "as it comes", id="a mixture of experts"),
-        pytest.param("llama", "a cache that holds a third of them", id="a llama that is pre-empted"),
         pytest.param("llama", "two shards", id="a llama on two shards"),
     ],
 )
 def test_sixteen_at_once(tiny_model: Callable[[str], Path], model_type: str, variant: str) -> None:
     check(tiny_model(model_type), variant)
+
+
+def test_answers_that_outgrow_the_cache_together(tiny_llama: Path) -> None:
+    """Short prompts are let in, their long answers do not fit side by side: some are pre-empted and computed again."""
+    jobs = [(prompt, 60) for prompt in prompts(lengths=(8,) * 16, seed=9)]
+    limits = ("--max-total-tokens", "128", "--max-batch-total-tokens", "256")
+    with serving("--model-id", str(tiny_llama), *limits) as server:
+        assert_exact(server, tiny_llama, jobs)
+        assert metrics(server)["tgi_batch_next_size_sum"] > len(jobs), "nobody was admitted twice"
 
 
 @pytest.mark.slow

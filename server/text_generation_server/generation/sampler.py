@@ -88,7 +88,7 @@ def sample(logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor | Non
     finite_S = finite_S & torch.isfinite(best_S) & torch.isfinite(log_totals_S)
     chosen_S = logits_SV.gather(-1, ids_S.unsqueeze(-1)).squeeze(-1)
     logprobs_S = ((chosen_S - best_S).double() - log_totals_S).float()
-    top = _top_candidates(logits_SV, (best_S.double() + log_totals_S).float(), rows)
+    top = _top_candidates(logits_SV, best_S, log_totals_S, rows)
     return Sampled(torch.where(finite_S, ids_S, -1), logprobs_S, top)
 
 
@@ -191,13 +191,17 @@ def _uniforms(rows: list[SamplingRow]) -> np.ndarray[tuple[int], np.dtype[np.flo
     return uniform(seeds, choices, indices)
 
 
-def _top_candidates(scores_SV: Tensor, log_totals_S: Tensor, rows: list[SamplingRow]) -> TopCandidates | None:
+def _top_candidates(
+    scores_SV: Tensor, best_S: Tensor, log_totals_S: Tensor, rows: list[SamplingRow]
+) -> TopCandidates | None:
     asking = [index for index, row in enumerate(rows) if row.top_n_tokens > 0]
     if not asking:
         return None
     wanted = [rows[index].top_n_tokens for index in asking]
     asking_R = torch.tensor(asking, device=scores_SV.device)
-    logprobs_RV = scores_SV[asking_R] - log_totals_S[asking_R].unsqueeze(-1)
+    # In the same two steps as the chosen token's, so that a token has one logprob wherever it is reported.
+    below_best_RV = scores_SV[asking_R] - best_S[asking_R].unsqueeze(-1)
+    logprobs_RV = (below_best_RV.double() - log_totals_S[asking_R].unsqueeze(-1)).float()
     places = min(max(wanted) + _SPARE_TOP_TOKENS, logprobs_RV.shape[-1])
     values_RN, ids_RN = logprobs_RV.topk(places)
     last_R1 = values_RN.gather(-1, torch.tensor(wanted, device=scores_SV.device).unsqueeze(-1) - 1)

@@ -174,3 +174,11 @@ def test_inverse_cdf_finds_what_a_running_sum_finds(weights: list[float], u: flo
 def test_parameters_without_a_meaning_are_refused(values: dict[str, float], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         SamplingParameters(**values)  # type: ignore[arg-type]
+
+
+def test_a_chosen_token_has_the_logprob_it_has_among_the_top_tokens() -> None:
+    logits = torch.randn(8, 300, generator=torch.Generator().manual_seed(0)) * 3 + 40
+    rows = [SamplingRow(SamplingParameters(), output_index=0, top_n_tokens=2) for _ in range(8)]
+    sampled = sample(logits, rows)
+    assert sampled.top is not None
+    assert torch.equal(sampled.top.values_RN[:, 0], sampled.logprobs_S)
