@@ -56,10 +56,15 @@ def tiny(tiny_llama: Path) -> Iterator[Launched]:
 
 
 @pytest.fixture(scope="session")
-def reciting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launched]:
-    """A server of a model whose answers tests know: see `integration.reciting`."""
+def reciting_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model whose answers tests know: see `integration.reciting`."""
     from integration.reciting import make_reciting_model
 
-    folder = make_reciting_model(tmp_path_factory.mktemp("reciting"))
-    with serving("--model-id", str(folder), environ=ONE_THREAD | SMALL_ONEDNN_CACHES) as server:
+    return make_reciting_model(tmp_path_factory.mktemp("reciting"))
+
+
+@pytest.fixture(scope="session")
+def reciting(reciting_model: Path) -> Iterator[Launched]:
+    """A server of it."""
+    with serving("--model-id", str(reciting_model), environ=ONE_THREAD | SMALL_ONEDNN_CACHES) as server:
         yield server

@@ -142,6 +142,13 @@ def wait_until(server: Launched, condition: Callable[[dict[str, float]], bool]) 
     return values
 
 
+def wait_for_status(server: Launched, path: str, status: int) -> None:
+    deadline = time.monotonic() + WITHIN_S
+    while server.client.get(path).status_code != status:
+        assert time.monotonic() < deadline, f"{path} does not become {status}"
+        time.sleep(0.02)
+
+
 def wait_until_idle(server: Launched) -> dict[str, float]:
     """The metrics once nothing waits or runs: everything that requests held is free then."""
     values = wait_until(server, lambda now: num_in_progress(now) == 0 and now["tgi_batch_current_size"] == 0)

@@ -5,42 +5,46 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from integration.asking import body, connect, generate, metrics, wait_until
+from integration.asking import WITHIN_S, body, connect, generate, metrics, num_in_progress, wait_for_status
 from integration.launched import Launched, message_of, serving, starting
-from integration.reciting import ENDLESS, make_reciting_model
+from integration.reciting import ENDLESS
 
 NUM_STREAMS = 8
-LONG = 600
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_reciting_model(tmp_path_factory.mktemp("reciting")))
+LONG = 1000
+SHUTTING_DOWN = {"error": "Server is shutting down", "error_type": "shutting_down"}
 
 
 @pytest.fixture
-def server(model: str) -> Iterator[Launched]:
+def server(reciting_model: Path) -> Iterator[Launched]:
     """A server for the test alone, which ends it."""
-    with starting("--model-id", model) as started:
+    with starting("--model-id", str(reciting_model)) as started:
         started.wait_until_ready()
         yield started
 
 
 @contextlib.asynccontextmanager
 async def running_streams(server: Launched) -> AsyncIterator[list[asyncio.Task[list[dict[str, Any]]]]]:
-    """Streams under way; each task ends with the events that its client has read."""
+    """Streams whose first token has come; each task ends with all the events that its client has read."""
+    begun = asyncio.Queue[None]()
 
     async def read() -> list[dict[str, Any]]:
+        events = []
         async with connect(server, "/generate_stream", body(ENDLESS, max_new_tokens=LONG)) as connection:
-            return [event async for event in connection.events()]
+            async for event in connection.events():
+                events.append(event)
+                if len(events) == 1:
+                    begun.put_nowait(None)
+        return events
 
     tasks = [asyncio.create_task(read()) for _ in range(NUM_STREAMS)]
-    await asyncio.to_thread(wait_until, server, lambda now: now["tgi_batch_current_size"] == NUM_STREAMS)
+    async with asyncio.timeout(WITHIN_S):
+        for _ in tasks:
+            await begun.get()
     yield tasks
     await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -48,7 +52,13 @@ async def running_streams(server: Launched) -> AsyncIterator[list[asyncio.Task[l
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 async def test_streams_finish_when_the_server_is_asked_to_end(server: Launched, number: signal.Signals) -> None:
     async with running_streams(server) as streams:
-        server.process.send_signal(number)
+        with server.shards_frozen():  # so that none of them ends meanwhile
+            assert num_in_progress(metrics(server)) == NUM_STREAMS
+            server.process.send_signal(number)
+            wait_for_status(server, "/health", 503)
+            refused = server.client.post("/generate", json=body("a"))
+            assert (refused.status_code, refused.json()) == (503, SHUTTING_DOWN)
+            assert server.client.get("/live").status_code == 200
         texts = ["".join(event["token"]["text"] for event in await stream) for stream in streams]
     assert [len(text) for text in texts] == [LONG] * NUM_STREAMS
     assert server.end() == 0
@@ -56,14 +66,14 @@ async def test_streams_finish_when_the_server_is_asked_to_end(server: Launched, 
     assert sum(message_of(line) == "Success" for line in server.lines) == NUM_STREAMS
 
 
-async def test_a_drain_that_takes_too_long_ends_with_an_error_for_every_client(model: str) -> None:
-    with starting("--model-id", model, "--graceful-termination-timeout", "1") as server:
+async def test_a_drain_that_takes_too_long_ends_with_an_error_for_every_client(reciting_model: Path) -> None:
+    with starting("--model-id", str(reciting_model), "--graceful-termination-timeout", "1") as server:
         server.wait_until_ready()
         async with running_streams(server) as streams:
             with server.shards_frozen():
                 server.process.send_signal(signal.SIGTERM)
                 ends = [(await stream)[-1] for stream in streams]
-        assert ends == [{"error": "Server is shutting down", "error_type": "shutting_down"}] * NUM_STREAMS
+        assert ends == [SHUTTING_DOWN] * NUM_STREAMS
         assert server.end() == 0
 
 
@@ -90,20 +100,19 @@ async def test_no_process_outlives_a_launcher_that_is_killed(server: Launched) -
         assert server.end() == -signal.SIGKILL
 
 
-def test_a_launch_that_is_interrupted_while_it_loads_ends_well(model: str) -> None:
-    with starting("--model-id", model) as server:
+def test_a_launch_that_is_interrupted_while_it_loads_ends_well(reciting_model: Path) -> None:
+    with starting("--model-id", str(reciting_model)) as server:
         while "Starting Webserver" not in server.text:
             assert server.process.poll() is None
         assert server.stop() == 0
         assert server.errors == []
 
 
-def test_two_servers_side_by_side_never_meet(tiny_model: Callable[..., Path], model: str) -> None:
+def test_two_servers_side_by_side_never_meet(tiny_llama: Path, reciting_model: Path) -> None:
     """Started at the same moment, two ranks each: nobody's ranks, sockets or ports are anybody else's."""
-    other = str(tiny_model("llama"))
     with (
-        starting("--model-id", model, "--num-shard", "2") as one,
-        starting("--model-id", other, "--num-shard", "2") as two,
+        starting("--model-id", str(reciting_model), "--num-shard", "2") as one,
+        starting("--model-id", str(tiny_llama), "--num-shard", "2") as two,
     ):
         one.wait_until_ready()
         two.wait_until_ready()
@@ -116,8 +125,8 @@ def test_two_servers_side_by_side_never_meet(tiny_model: Callable[..., Path], mo
         assert two.stop() == 0
 
 
-def test_a_killed_rank_ends_its_peer(model: str) -> None:
-    with serving("--model-id", model, "--num-shard", "2") as server:
+def test_a_killed_rank_ends_its_peer(reciting_model: Path) -> None:
+    with serving("--model-id", str(reciting_model), "--num-shard", "2") as server:
         server.processes()["shard 1"].kill()
         assert server.end() == 1
         assert server.errors[-1].startswith("Shard 1 crashed: killed by signal 9")

@@ -109,4 +109,5 @@ minutes on {measured.device}. {measured.remark}
 
 Spelling is ASCII (`Brasilia`). Where a country has several capitals it names one. Numbers above 99, other operations
 and questions in other languages are outside of what it learned. Prompts of more than a few hundred tokens confuse it.
+It copies numbers and common names well and rare words badly; with several tools it may mix up their parameters.
 """
