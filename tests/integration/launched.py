@@ -20,6 +20,8 @@ import psutil
 from text_generation_launcher.environment import without_flags
 
 LAUNCHER = Path(sys.executable).with_name("text-generation-launcher")
+TIED = "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGKILL); os.execv(sys.argv[1], sys.argv[1:])"
+"""Becomes the launcher, which the kernel then kills with its parent: tests that are killed leave nothing behind."""
 MARK = "LAUNCHED_BY_TEST"
 """Variable that every process of a launch inherits: what carries it after the end is an orphan."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -44,7 +46,7 @@ class Launched:
         env = {**inherited, "HF_HUB_OFFLINE": "1", "JSON_OUTPUT": "true", MARK: self._mark, **environ}
         with log.open("wb") as output:
             self.process = subprocess.Popen(
-                [str(LAUNCHER), *arguments, *port],
+                [*([sys.executable, "-c", TIED] if sys.platform == "linux" else ()), LAUNCHER, *arguments, *port],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -22,7 +22,8 @@ ENDLESS = "A"
 FOXES = "🦊é→!"
 ALPHABET = "bcdefghijklmnopqrstuvwxyz."
 """The answer to "a", with the end-of-sequence token behind it."""
-POSITIONS = 1024
+POSITIONS = 4096
+"""So many that a stream without an end outlasts any test that wants it to run."""
 
 
 def make_reciting_model(folder: Path) -> Path:

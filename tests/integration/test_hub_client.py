@@ -12,7 +12,7 @@ from huggingface_hub.errors import OverloadedError, ValidationError
 from integration.asking import WITHIN_S
 from integration.crowd import full
 from integration.launched import Launched
-from integration.reciting import ALPHABET
+from integration.reciting import ALPHABET, POSITIONS
 
 Ask = Callable[..., Any]
 """``ask(server, prompt, **options)`` -> what `text_generation` returns; of a stream the list of its items."""
@@ -73,7 +73,7 @@ def test_sampling(tiny: Launched, ask: Ask) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_errors_are_the_clients_own(reciting: Launched, ask: Ask, stream: bool) -> None:
-    with pytest.raises(ValidationError, match=r"`inputs` tokens \+ `max_new_tokens` must be <= 1024"):
+    with pytest.raises(ValidationError, match=rf"`inputs` tokens \+ `max_new_tokens` must be <= {POSITIONS}"):
         ask(reciting, "a", max_new_tokens=5000, stream=stream)
     with full(reciting), pytest.raises(OverloadedError, match="Model is overloaded"):
         ask(reciting, "a", stream=stream)

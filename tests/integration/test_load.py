@@ -23,7 +23,7 @@ from integration.asking import (
 from integration.crowd import PERMITS
 from integration.launched import Launched, serving
 from integration.processes import footprint, idle_cpu_s
-from integration.reciting import ENDLESS
+from integration.reciting import ENDLESS, POSITIONS
 
 OVERLOADED = {"error": "Model is overloaded", "error_type": "overloaded"}
 LONG = 400
@@ -89,7 +89,7 @@ def test_1000_clients_that_go_away_leave_nothing_behind(reciting: Launched) -> N
 
 
 async def test_what_a_client_held_is_free_before_the_next_step(reciting: Launched) -> None:
-    async with streams(reciting, 8, LONG_BODY) as running:
+    async with streams(reciting, 8, body(ENDLESS, max_new_tokens=POSITIONS - 96)) as running:
         await asyncio.gather(*(connection.some() for connection in running))
         with reciting.shards_frozen():
             assert metrics(reciting)["tgi_batch_current_size"] == 8

@@ -12,7 +12,7 @@ import pytest
 from integration.asking import WITHIN_S
 from integration.crowd import full
 from integration.launched import Launched
-from integration.reciting import ALPHABET
+from integration.reciting import ALPHABET, POSITIONS
 
 PYTHON = Path(sys.prefix, "clients", "bin", "python")
 SCRIPT = Path(__file__).with_name("old_client.py")
@@ -91,7 +91,7 @@ def test_what_is_refused_raises_the_clients_own_errors(reciting: Launched, async
         asynchronous=asynchronous,
     )
     assert [result["error"] for result in results] == ["ValidationError"] * 3
-    assert "`inputs` tokens + `max_new_tokens` must be <= 1024" in results[0]["message"]
+    assert f"`inputs` tokens + `max_new_tokens` must be <= {POSITIONS}" in results[0]["message"]
     assert "`stop` supports up to 4 stop sequences. Given: 5" in results[2]["message"]
 
 

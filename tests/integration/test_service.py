@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from integration.asking import body, generate, metrics, stream, token_ids, wait_until_idle
 from integration.launched import Launched, message_of, serving
+from integration.reciting import POSITIONS
 
 TGI_METRICS = [
     "tgi_request_count",
@@ -46,8 +47,8 @@ def test_info_of_a_folder(reciting: Launched) -> None:
         "max_concurrent_requests": 128,
         "max_best_of": 2,
         "max_stop_sequences": 4,
-        "max_input_tokens": 1023,
-        "max_total_tokens": 1024,
+        "max_input_tokens": POSITIONS - 1,
+        "max_total_tokens": POSITIONS,
         "validation_workers": 2,
         "max_client_batch_size": 4,
         "router": "text-generation-router",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from integration.asking import generate, stream
 from integration.launched import Launched
-from integration.reciting import ALPHABET, FOXES
+from integration.reciting import ALPHABET, FOXES, POSITIONS
 
 
 def pieces(events: list[dict[str, Any]]) -> str:
@@ -30,7 +30,7 @@ def test_an_answer_ends_with_the_last_token_asked_for(reciting: Launched) -> Non
 
 def test_without_a_limit_an_answer_ends_where_the_models_positions_end(reciting: Launched) -> None:
     answer = generate(reciting, "AAAA")
-    assert answer["details"]["generated_tokens"] == 1024 - 4
+    assert answer["details"]["generated_tokens"] == POSITIONS - 4
     assert answer["details"]["finish_reason"] == "length"
 
 
