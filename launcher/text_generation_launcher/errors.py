@@ -8,35 +8,37 @@ from typing import ClassVar
 class LauncherError(Exception):
     """Ends the launch. ``name`` is TGI's; the text is the one line that says why and what to change."""
 
-    name: ClassVar[str] = "LauncherError"
     exit_code: ClassVar[int] = 1
+
+    @property
+    def name(self) -> str:
+        """TGI's name of the error, which is the class's."""
+        return type(self).__name__
 
 
 class ArgumentValidation(LauncherError):
-    name = "ArgumentValidation"
+    pass
 
 
 class NotEnoughCUDADevices(LauncherError):
-    name = "NotEnoughCUDADevices"
+    pass
 
 
 class CannotListen(LauncherError):
     """The HTTP port or a socket path is taken or forbidden; found before anything heavy starts."""
 
-    name = "CannotListen"
-
 
 class DownloadError(LauncherError):
-    name = "DownloadError"
+    pass
 
 
 class ShardCannotStart(LauncherError):
-    name = "ShardCannotStart"
+    pass
 
 
 class ShardFailed(LauncherError):
-    name = "ShardFailed"
+    pass
 
 
 class WebserverFailed(LauncherError):
-    name = "WebserverFailed"
+    pass

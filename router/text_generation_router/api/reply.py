@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from starlette.types import Send
 
 JSON = b"application/json"
-TEXT = b"text/plain; charset=utf-8"
 
 Headers = Iterable[tuple[bytes, bytes]]
 
