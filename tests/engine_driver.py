@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from fake_runner import BLOCK_SIZE, FakeRunner, oracle_logits
-from text_generation_server.engine.engine import Engine
+from text_generation_server.engine.engine import Engine, compute_thread
 from text_generation_server.engine.memory import KVPlan, WarmupLimits
 from text_generation_server.engine.steps import Chunk, NewSequence, Step, StepResult
 from text_generation_server.generation.parameters import SamplingParameters
@@ -112,7 +112,7 @@ def driven(
         block_size=BLOCK_SIZE,
         prefill_logprobs=True,
         run_ahead=run_ahead,
-        num_threads=1,
+        compute=compute_thread(1),
     )
     engine.start()
     engine.warm_up(WarmupLimits()).result(10)

@@ -65,6 +65,9 @@ class FakeRunner:
     def allocate_kv_cache(self, num_blocks: int) -> None:
         self.cache = torch.full(((num_blocks + 1) * self.block_size,), -1)
 
+    def release_kv_cache(self) -> None:
+        self.cache = torch.zeros(0, dtype=torch.int64)
+
     def zero_blocks(self, block_ids: Iterable[int]) -> None:
         for block in block_ids:
             self.zeroed.append(block)
@@ -81,7 +84,7 @@ class FakeRunner:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
         if CRASH_TOKEN in ids:
             raise ValueError("the model is broken")
-        self.cache[inputs.slots_T] = ids
+        self.cache[inputs.slots_T] = ids[: inputs.slots_T.shape[0]]
         wanted = set(inputs.logits_indices_L.tolist())
         rows: list[Tensor] = []
         offset = 0

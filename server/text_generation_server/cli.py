@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -67,7 +66,7 @@ def serve(
         )
         from text_generation_server.serve import serve as serve_shard
 
-        sys.exit(serve_shard(shard_config, os.environ))
+        serve_shard(shard_config, os.environ)
 
 
 @app.command()

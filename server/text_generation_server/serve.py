@@ -6,25 +6,41 @@ Finding the model and checking its files needs no torch, so a wrong id or a brok
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping
+from typing import NoReturn
 
 from text_generation_server.config import ShardConfig
 from text_generation_server.weights.checks import check_folder
 from text_generation_server.weights.hub import find_model
 
 
-def serve(config: ShardConfig, env: Mapping[str, str]) -> int:
-    """Serve until SIGTERM; returns the exit code. Raises: ConfigError if it cannot start."""
+def serve(config: ShardConfig, env: Mapping[str, str]) -> NoReturn:
+    """Serve until SIGTERM, then end the process. Raises: ConfigError if it cannot start."""
     _handle_signals(config)
     seconds: dict[str, float] = {}
-    with timed(seconds, "find"):
-        source = find_model(config.model_id, config.revision, env, trust_remote_code=config.trust_remote_code)
-        check_folder(source.folder)
-    with timed(seconds, "import"):
-        from text_generation_server.shard import run_shard
-    return run_shard(config, source, env, seconds)
+    try:
+        with timed(seconds, "find"):
+            source = find_model(config.model_id, config.revision, env, trust_remote_code=config.trust_remote_code)
+            check_folder(source.folder)
+        with timed(seconds, "import"):
+            from text_generation_server.shard import run_shard
+        code = run_shard(config, source, env, seconds)
+    except SystemExit:  # of a signal: everything above is cleaned up now
+        code = 0
+    end_process(code)
+
+
+def end_process(code: int) -> NoReturn:
+    """Exit at once: the interpreter would wait for the thread that computes, and for a second to take torch apart."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _handle_signals(config: ShardConfig) -> None:

@@ -18,7 +18,7 @@ from text_generation_proto.v1 import generate_pb2 as pb
 
 from text_generation_server.config import ShardConfig
 from text_generation_server.distributed import Group, join
-from text_generation_server.engine.engine import Engine
+from text_generation_server.engine.engine import Engine, compute_thread
 from text_generation_server.engine.executor import MAX_PROMPT_LOGITS_ROWS
 from text_generation_server.engine.memory import (
     CPU_SHARE,
@@ -29,13 +29,11 @@ from text_generation_server.engine.memory import (
     plan_kv_blocks,
 )
 from text_generation_server.library_logs import route_library_logs
-from text_generation_server.model.bridge import LAYER_ATTRIBUTE
 from text_generation_server.model.loader import load_model
 from text_generation_server.model.runner import ModelRunner
-from text_generation_server.model.transformers_runner import TransformersRunner
 from text_generation_server.rpc.server import listen
 from text_generation_server.rpc.service import TextGenerationService
-from text_generation_server.serve import stop_signals, timed
+from text_generation_server.serve import end_process, stop_signals, timed
 from text_generation_server.weights.download import EVENT_INTERVAL_S
 from text_generation_server.weights.hub import ModelSource
 from text_generation_server.weights.tokenizer import tokenizer_eos_ids, tokenizer_folder
@@ -52,16 +50,13 @@ def run_shard(config: ShardConfig, source: ModelSource, env: Mapping[str, str], 
     Raises: ConfigError if it cannot start.
     """
     route_library_logs("huggingface_hub", "transformers")
-    num_threads = _num_threads(config, env)
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    compute = compute_thread(_num_threads(config, env))
+    with timed(seconds, "join"):
+        group = compute.submit(join, config).result()
     with contextlib.ExitStack() as stack:
-        with timed(seconds, "join"):
-            group = join(config)
-            stack.callback(group.close)
         with timed(seconds, "load"):
             tokenizer = stack.enter_context(tokenizer_folder(source.folder, trust_remote_code=config.trust_remote_code))
-            runner = load_model(config, source.folder, group, _progress_reporter())
+            runner = compute.submit(load_model, config, source.folder, group, _progress_reporter()).result()
         shape = _model_shape(runner, source.folder)
         engine = Engine(
             runner,
@@ -70,10 +65,12 @@ def run_shard(config: ShardConfig, source: ModelSource, env: Mapping[str, str], 
             prefill_logprobs=config.prefill_logprobs,
             is_leader=config.rank == 0,
             broadcast=_broadcast(group),
-            num_threads=num_threads,
+            compute=compute,
         )
-        _beat(runner, engine)
-        return asyncio.run(_serve(config, engine, _info(config, source, runner, tokenizer), seconds))
+        runner.on_progress = engine.note_progress
+        code = asyncio.run(_serve(config, engine, _info(config, source, runner, tokenizer), seconds))
+    compute.submit(group.close).result()
+    return code
 
 
 async def _serve(config: ShardConfig, engine: Engine, info: pb.InfoResponse, seconds: dict[str, float]) -> int:
@@ -81,21 +78,22 @@ async def _serve(config: ShardConfig, engine: Engine, info: pb.InfoResponse, sec
     loop = asyncio.get_running_loop()
     for number in stop_signals(config):
         loop.add_signal_handler(number, ended.set)
-    with timed(seconds, "listen"):
-        engine.start()
-        listener = await listen(TextGenerationService(engine, info), Path(f"{config.uds_path}-{config.rank}"))
+    engine.start()
     try:
-        rounded = {step: round(duration, 3) for step, duration in seconds.items()}
-        send_event("ready", f"shard {config.rank} listens on {listener.url}", rank=config.rank, seconds=rounded)
-        await ended.wait()
-        logger.info("shard %d ends", config.rank)
+        with timed(seconds, "listen"):
+            listener = await listen(TextGenerationService(engine, info), Path(f"{config.uds_path}-{config.rank}"))
+        try:
+            rounded = {step: round(duration, 3) for step, duration in seconds.items()}
+            send_event("ready", f"shard {config.rank} listens on {listener.url}", rank=config.rank, seconds=rounded)
+            await ended.wait()
+            logger.info("shard %d ends", config.rank)
+        finally:
+            await listener.close()
     finally:
-        await listener.close()
-    if not engine.stop(STOP_TIMEOUT_S):
-        # A step hangs in a collective or a kernel: interpreter exit would wait for it.
-        logger.warning("the running step did not end within %g s", STOP_TIMEOUT_S)
-        logging.shutdown()
-        os._exit(0)
+        if not engine.stop(STOP_TIMEOUT_S):
+            # A step hangs in a collective or a kernel: closing the group would wait for it.
+            logger.warning("the running step did not end within %g s", STOP_TIMEOUT_S)
+            end_process(0)
     return 0
 
 
@@ -130,13 +128,6 @@ def _progress_reporter() -> Callable[[str, int, int], None]:
         send_event("progress", f"{stage}: {done} of {total}", stage=stage, done=done, total=total, unit="parts")
 
     return report
-
-
-def _beat(runner: TransformersRunner, engine: Engine) -> None:
-    """Make every layer a sign of progress: a long prefill is no hang."""
-    for module in runner.model.modules():
-        if hasattr(module, LAYER_ATTRIBUTE):
-            module.register_forward_hook(lambda *_: engine.note_progress())
 
 
 def _broadcast(group: Group) -> Any:

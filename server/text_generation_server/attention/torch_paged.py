@@ -1,11 +1,11 @@
 """Paged attention in plain torch, for any device: the reference that every other back end is tested against.
 
-Decode rows read whole pages and score them with two matrix products on the query group, which on a CPU is an order
-of magnitude faster than a masked ``scaled_dot_product_attention`` with a query length of one. Prompt chunks go through
-``scaled_dot_product_attention`` one sequence at a time, so nothing is padded.
+Decode rows copy whole pages to one place and attend to them there: each key/value head of a row is one small attention
+problem whose queries are its query group. Prompt chunks go through ``scaled_dot_product_attention`` one sequence at a
+time, so nothing is padded.
 
-Shape legend: T tokens of the step, R decode rows, H query heads, K key/value heads, G query heads per K, D key width,
-E value width, L keys read, N queries of one prompt chunk, B blocks.
+Shape legend: T tokens of the step, R decode rows, H query heads, K key/value heads, G query heads per K, P pairs of a
+row and a key/value head, D key width, E value width, L keys read, N queries of one prompt chunk, B blocks.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from text_generation_server.engine.inputs import ForwardInputs
 
 QUERY_BLOCK = 512
 """Queries of a chunk that are scored at once where a mask is needed: bounds the memory of mask and scores."""
-LONE_ROWS = 2
-"""Up to so many decode rows, one fused call per row beats the padded batch (23 us against 42 us for one row)."""
 EVEN_ENOUGH = 4096
 """Padded keys a decode group may always hold; beyond it, rows of unlike length are grouped apart."""
+GATHERED_BYTES = 64 * 2**20
+"""Copied keys and values of one layer, at most, unless a single row has more: bounds the memory of a decode group."""
 
 
 @dataclass(slots=True)
@@ -50,10 +50,21 @@ class DecodeGroup:
     """int64 indices into the step's rows; None when they are the first ``num_rows``, in order."""
     num_rows: int
     block_ids_RB: Tensor
-    """int64, flat [R * B]; block 0 fills up."""
+    """int64; block 0 fills up."""
     mask_RL: Tensor
     """Added to the scores: 0 or -inf."""
-    masks_by_heads: dict[int, Tensor] = field(default_factory=dict)
+    pages_by_heads: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Number of key/value heads -> what `pages` made for it: layers of one model seldom differ."""
+
+    def pages(self, kv_heads: int, num_blocks: int) -> tuple[Tensor, Tensor]:
+        """Of a cache seen as [K * blocks, block]: the blocks of all pairs, flat [P * B], and the mask, [P, 1, L]."""
+        made = self.pages_by_heads.get(kv_heads)
+        if made is None:
+            first_K1 = torch.arange(kv_heads, device=self.block_ids_RB.device)[:, None] * num_blocks
+            block_ids = (self.block_ids_RB[:, None] + first_K1).flatten()
+            made = block_ids, self.mask_RL.repeat_interleave(kv_heads, 0)[:, None]
+            self.pages_by_heads[kv_heads] = made
+        return made
 
 
 @dataclass(slots=True)
@@ -70,7 +81,8 @@ class Chunk:
 class View:
     """What layers of one window read in this step."""
 
-    lone_rows: list[tuple[int, Span]]
+    lone_row: Span | None
+    """The only decode row, if there is one: its keys are read where they are if they lie together."""
     decode_groups: list[DecodeGroup]
     chunks: list[Chunk]
 
@@ -80,6 +92,7 @@ class Plan:
     slots_T: Tensor
     num_decode_rows: int
     num_tokens: int
+    """Of the rows; the step may have padding behind them."""
     views: dict[tuple[int, int], View]
 
 
@@ -89,6 +102,9 @@ class TorchPaged:
         self.dtype = dtype
         self.device = device
         self.sights = sorted({(layer.window, layer.chunk) for layer in layers})
+        widest = max(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers)
+        self.gathered_blocks = max(1, GATHERED_BYTES // (widest * dtype.itemsize * block_size))
+        self._gathered = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
 
     # -- once a step ---------------------------------------------------------------------------------------------
 
@@ -96,7 +112,7 @@ class TorchPaged:
         return Plan(
             slots_T=inputs.slots_T,
             num_decode_rows=inputs.num_decode_rows,
-            num_tokens=inputs.num_tokens,
+            num_tokens=inputs.slots_T.shape[0],
             views={(window, chunk): self._view(inputs, window, chunk) for window, chunk in self.sights},
         )
 
@@ -111,9 +127,9 @@ class TorchPaged:
         for span, query_len in zip(spans[num_decode:], inputs.query_lens[num_decode:], strict=True):
             chunks.append(Chunk(query_start=start, query_stop=start + query_len, span=span))
             start += query_len
-        if num_decode <= LONE_ROWS:
-            return View(list(enumerate(spans[:num_decode])), [], chunks)
-        return View([], self._decode_groups(spans[:num_decode]), chunks)
+        if num_decode == 1:
+            return View(spans[0], [], chunks)
+        return View(None, self._decode_groups(spans[:num_decode]), chunks)
 
     def _span(self, table: list[int], stop: int, start: int) -> Span:
         first, last = start // self.block_size, -(-stop // self.block_size)
@@ -123,20 +139,23 @@ class TorchPaged:
         return Span(start, stop, offset, blocks, blocks[0] * self.block_size + offset if consecutive else None)
 
     def _decode_groups(self, spans: list[Span]) -> list[DecodeGroup]:
-        rows = list(range(len(spans)))
-        longest = max(len(span.blocks) for span in spans)
-        if len(spans) * longest * self.block_size <= EVEN_ENOUGH:
-            return [self._decode_group(None, spans)]
         by_size: dict[int, list[int]] = {}
-        for row in rows:  # groups whose longest is at most twice the shortest: half of what is read is real
-            by_size.setdefault(len(spans[row].blocks).bit_length(), []).append(row)
-        if len(by_size) == 1:
+        longest = max((len(span.blocks) for span in spans), default=0)
+        even = len(spans) * longest * self.block_size <= EVEN_ENOUGH
+        for row, span in enumerate(spans):
+            # The longest of a group is at most twice the shortest: half of what is read is real.
+            by_size.setdefault(0 if even else len(span.blocks).bit_length(), []).append(row)
+        parts: list[list[int]] = []
+        for rows in by_size.values():
+            size = max(1, self.gathered_blocks // max(len(spans[row].blocks) for row in rows))
+            parts += [rows[first : first + size] for first in range(0, len(rows), size)]
+        if len(parts) == 1:
             return [self._decode_group(None, spans)]
-        return [self._decode_group(group, [spans[row] for row in group]) for group in by_size.values()]
+        return [self._decode_group(rows, [spans[row] for row in rows]) for rows in parts]
 
     def _decode_group(self, rows: list[int] | None, spans: list[Span]) -> DecodeGroup:
         width = max(len(span.blocks) for span in spans)
-        block_ids = [block for span in spans for block in (*span.blocks, *[0] * (width - len(span.blocks)))]
+        block_ids = [[*span.blocks, *[0] * (width - len(span.blocks))] for span in spans]
         key_L = torch.arange(width * self.block_size)
         first_R1 = torch.tensor([[span.offset] for span in spans])
         stop_R1 = torch.tensor([[span.offset + span.stop - span.start] for span in spans])
@@ -164,19 +183,23 @@ class TorchPaged:
         softcap: float = 0.0,
         sinks_H: Tensor | None = None,
     ) -> Tensor:
+        num_heads, num_tokens, _ = query_HTD.shape
+        is_padded = num_tokens > plan.num_tokens
+        if is_padded:
+            key_KTD, value_KTE = key_KTD[:, : plan.num_tokens], value_KTE[:, : plan.num_tokens]
         cache.keys_KSD.index_copy_(1, plan.slots_T, key_KTD)
         cache.values_KSE.index_copy_(1, plan.slots_T, value_KTE)
         view = plan.views[layer.window, layer.chunk]
         scores = Scores(scaling, softcap, sinks_H)
-        if not view.chunks and len(view.decode_groups) == 1:
-            return self._decode(view.decode_groups[0], cache, query_HTD, scores)
-        if not view.chunks and plan.num_tokens == 1:
-            keys, values = self._read(cache, view.lone_rows[0][1])
-            return scores.lone(query_HTD, keys, values)
-        out_THE = query_HTD.new_empty((plan.num_tokens, query_HTD.shape[0], value_KTE.shape[2]))
-        for row, span in view.lone_rows:
-            keys, values = self._read(cache, span)
-            out_THE[row : row + 1] = scores.lone(query_HTD[:, row : row + 1], keys, values)
+        if not view.chunks and not is_padded:
+            if view.lone_row is not None:
+                return scores.lone(query_HTD, *self._read(cache, view.lone_row))
+            if len(view.decode_groups) == 1:
+                return self._decode(view.decode_groups[0], cache, query_HTD, scores)
+        out_THE = query_HTD.new_empty((num_tokens, num_heads, value_KTE.shape[2]))
+        out_THE[plan.num_tokens :] = 0  # not what lay there: it may be not-a-number
+        if view.lone_row is not None:
+            out_THE[:1] = scores.lone(query_HTD[:, :1], *self._read(cache, view.lone_row))
         for group in view.decode_groups:
             rows = slice(0, group.num_rows) if group.rows is None else group.rows
             out_THE[rows] = self._decode(group, cache, query_HTD[:, rows], scores)
@@ -210,29 +233,28 @@ class TorchPaged:
         pages = cache_KSD.view(num_heads, num_slots // self.block_size, self.block_size * width)
         return pages.index_select(1, block_ids_B).view(num_heads, -1, width)
 
+    def _gather(self, place: int, cache_KSD: Tensor, block_ids_PB: Tensor) -> Tensor:
+        """Copy the blocks of all pairs one after another, into memory that is used again: [P * L, D].
+
+        The first dimension is the one along which torch copies in parallel.
+        """
+        pages = cache_KSD.view(-1, self.block_size * cache_KSD.shape[2])
+        size = block_ids_PB.shape[0] * pages.shape[1]
+        if self._gathered[place].shape[0] < size:
+            self._gathered[place] = pages.new_empty(size)
+        out = self._gathered[place][:size].view(-1, pages.shape[1])
+        return torch.index_select(pages, 0, block_ids_PB, out=out).view(-1, cache_KSD.shape[2])
+
     def _decode(self, group: DecodeGroup, cache: LayerCache, query_HRD: Tensor, scores: Scores) -> Tensor:
         num_heads, num_rows, width = query_HRD.shape
-        kv_heads = cache.keys_KSD.shape[0]
-        pairs, heads_each = kv_heads * num_rows, num_heads // kv_heads
-        # Every (kv head, row) pair is one small matrix product over the row's keys: [G, D] x [D, L].
-        query = query_HRD.view(kv_heads, heads_each, num_rows, width).transpose(1, 2).reshape(pairs, heads_each, width)
-        keys = self._pages(cache.keys_KSD, group.block_ids_RB).view(pairs, -1, width)
-        values = self._pages(cache.values_KSE, group.block_ids_RB).view(pairs, -1, cache.values_KSE.shape[2])
-        mask = group.masks_by_heads.get(kv_heads)
-        if mask is None:
-            mask = group.mask_RL.expand(kv_heads, -1, -1).reshape(pairs, 1, -1)
-            group.masks_by_heads[kv_heads] = mask
-        if scores.plain:
-            weights = torch.baddbmm(mask, query, keys.transpose(1, 2), alpha=scores.scaling)
-            weights = torch.softmax(weights, -1, dtype=torch.float32).to(query.dtype)
-        else:
-            sinks = None
-            if scores.sinks_H is not None:
-                sinks = scores.sinks_H.view(kv_heads, 1, heads_each, 1).expand(-1, num_rows, -1, -1)
-                sinks = sinks.reshape(pairs, heads_each, 1)
-            weights = scores.weights(torch.bmm(query, keys.transpose(1, 2)), mask, sinks)
-        out = torch.bmm(weights, values).view(kv_heads, num_rows, heads_each, -1)
-        return out.transpose(0, 1).reshape(num_rows, num_heads, -1).contiguous()  # some models take a view of it
+        kv_heads, num_slots, _ = cache.keys_KSD.shape
+        pairs = num_rows * kv_heads
+        block_ids_PB, mask_P1L = group.pages(kv_heads, num_slots // self.block_size)
+        query_PGD = query_HRD.transpose(0, 1).reshape(pairs, -1, width)
+        keys_PLD = self._gather(0, cache.keys_KSD, block_ids_PB).view(pairs, -1, width)
+        values_PLE = self._gather(1, cache.values_KSE, block_ids_PB).view(pairs, keys_PLD.shape[1], -1)
+        out_PGE = scores.decode(query_PGD, keys_PLD, values_PLE, mask_P1L)
+        return out_PGE.reshape(num_rows, num_heads, -1)
 
     def _prefill(
         self,
@@ -313,6 +335,18 @@ class Scores:
         else:
             out = self.explicit(query_H1D, keys_KLD, values_KLE, None)
         return out.reshape(1, query_H1D.shape[0], -1).contiguous()
+
+    def decode(self, query_PGD: Tensor, keys_PLD: Tensor, values_PLE: Tensor, mask_P1L: Tensor) -> Tensor:
+        """One query group per pair; [P, G, E]."""
+        if self.plain and keys_PLD.shape[2] == values_PLE.shape[2]:
+            return F.scaled_dot_product_attention(
+                query_PGD[:, None], keys_PLD[:, None], values_PLE[:, None], mask_P1L[:, None], scale=self.scaling
+            )[:, 0]
+        sinks = None
+        if self.sinks_H is not None:
+            sinks = self.sinks_H.view(-1, query_PGD.shape[1], 1)
+            sinks = sinks.repeat(query_PGD.shape[0] // sinks.shape[0], 1, 1)
+        return torch.bmm(self.weights(torch.bmm(query_PGD, keys_PLD.transpose(1, 2)), mask_P1L, sinks), values_PLE)
 
     def explicit(self, query_HND: Tensor, keys_KLD: Tensor, values_KLE: Tensor, mask: Tensor | None) -> Tensor:
         """Attention with the scores in the open, for what the fused kernel cannot do; [H, N, E]."""

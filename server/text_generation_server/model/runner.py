@@ -42,6 +42,9 @@ class ModelRunner(Protocol):
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Make the cache for block ids 0 .. num_blocks (block 0 is padding), zero-filled. Replaces an earlier one."""
 
+    def release_kv_cache(self) -> None:
+        """Give the cache's memory back; ``allocate_kv_cache`` makes the next one."""
+
     def zero_blocks(self, block_ids: Iterable[int]) -> None:
         """Clear blocks that a failed request wrote, before they are handed out again."""
 

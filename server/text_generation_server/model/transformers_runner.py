@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,13 +24,21 @@ from text_generation_server.model.runner import ModelInfo
 class PagedStep:
     """The handler of a running step: attention calls go to the back end, with the cache of the calling layer."""
 
-    __slots__ = ("backend", "cache", "calls", "layers", "plan")
+    __slots__ = ("backend", "cache", "calls", "layers", "on_progress", "plan")
 
-    def __init__(self, backend: AttentionBackend, layers: list[LayerSpec], cache: KVCache, plan: Any) -> None:
+    def __init__(
+        self,
+        backend: AttentionBackend,
+        layers: list[LayerSpec],
+        cache: KVCache,
+        plan: Any,
+        on_progress: Callable[[], None],
+    ) -> None:
         self.backend = backend
         self.layers = layers
         self.cache = cache
         self.plan = plan
+        self.on_progress = on_progress
         self.calls = 0
 
     def __call__(
@@ -38,6 +46,7 @@ class PagedStep:
     ) -> Tensor:
         index: int = getattr(module, bridge.LAYER_ATTRIBUTE)
         self.calls += 1
+        self.on_progress()
         scaling = arguments.get("scaling")
         return self.backend.attend(
             self.plan,
@@ -63,6 +72,8 @@ class TransformersRunner:
         self.backend = backend
         self.block_size = block_size
         self.cache: KVCache | None = None
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called by every layer of a step: a long prefill is no hang."""
         self._info = info
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -103,7 +114,7 @@ class TransformersRunner:
     @torch.inference_mode()
     def forward(self, inputs: ForwardInputs) -> Tensor:
         assert self.cache is not None, "allocate_kv_cache comes first"
-        step = PagedStep(self.backend, self.layers, self.cache, self.backend.prepare(inputs))
+        step = PagedStep(self.backend, self.layers, self.cache, self.backend.prepare(inputs), self.on_progress)
         options = {"logits_to_keep": inputs.logits_indices_L} if self._keeps_logits else {}
         with bridge.handling(step):
             output = self.model(

@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from text_generation_server.attention import torch_paged
 from text_generation_server.attention.interface import LayerSpec
 from text_generation_server.attention.torch_paged import TorchPaged
 from text_generation_server.engine.inputs import ForwardInputs
@@ -62,6 +63,7 @@ def check(
     softcap: float = 0.0,
     sinks: bool = False,
     consecutive: bool = False,
+    padding: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     torch.manual_seed(0)
@@ -83,9 +85,16 @@ def check(
         cache.layers[0].keys_KSD[:, places[:cached]] = key[:, :cached]
         cache.layers[0].values_KSE[:, places[:cached]] = value[:, :cached]
         slots += places[cached:]
+    num_tokens = len(slots)
+
+    def packed(parts: list[Tensor]) -> Tensor:
+        """[heads, T, width], with padding that would poison everything it is mixed with."""
+        heads, _, width = parts[0].shape
+        return torch.cat([*parts, torch.full((heads, padding, width), math.nan, dtype=dtype)], 1)
+
     inputs = ForwardInputs(
-        input_ids_T=torch.zeros(len(slots), dtype=torch.int64),
-        position_ids_T=torch.cat([torch.arange(cached, cached + new) for cached, new in rows]),
+        input_ids_T=torch.zeros(num_tokens + padding, dtype=torch.int64),
+        position_ids_T=torch.cat([*(torch.arange(cached, cached + new) for cached, new in rows), torch.zeros(padding)]),
         slots_T=torch.tensor(slots),
         num_decode_rows=sum(new == 1 and cached > 0 for cached, new in rows),
         query_lens=[new for _, new in rows],
@@ -99,9 +108,9 @@ def check(
         backend.prepare(inputs),
         layer,
         cache.layers[0],
-        torch.cat(queries, 1),
-        torch.cat([key[:, cached:] for (cached, _), key in zip(rows, keys, strict=True)], 1),
-        torch.cat([value[:, cached:] for (cached, _), value in zip(rows, values, strict=True)], 1),
+        packed(queries),
+        packed([key[:, cached:] for (cached, _), key in zip(rows, keys, strict=True)]),
+        packed([value[:, cached:] for (cached, _), value in zip(rows, values, strict=True)]),
         scaling=0.3,
         softcap=softcap,
         sinks_H=sinks_H,
@@ -112,9 +121,10 @@ def check(
             for query, key, value in zip(queries, keys, values, strict=True)
         ]
     )
-    assert out_THE.shape == (len(slots), layer.query_heads, layer.value_dim)
+    assert out_THE.shape == (num_tokens + padding, layer.query_heads, layer.value_dim)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    torch.testing.assert_close(out_THE.float(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(out_THE[:num_tokens].float(), expected, rtol=tolerance, atol=tolerance)
+    assert not out_THE[num_tokens:].any()
 
 
 ROWS = [
@@ -154,6 +164,17 @@ def test_soft_caps_and_sinks_are_honoured(rows: list[tuple[int, int]], window: i
 @pytest.mark.parametrize("rows", ROWS)
 def test_consecutive_blocks_are_read_in_place(rows: list[tuple[int, int]]) -> None:
     check(PLAIN, rows, consecutive=True)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_padding_belongs_to_no_row(rows: list[tuple[int, int]]) -> None:
+    check(PLAIN, rows, padding=3)
+
+
+@pytest.mark.parametrize("gathered_bytes", [1, 2000])
+def test_decode_rows_that_hold_much_are_gathered_in_parts(gathered_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_paged, "GATHERED_BYTES", gathered_bytes)
+    check(PLAIN, [*DECODE_MANY, *DECODE_MANY])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

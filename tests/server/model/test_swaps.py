@@ -58,14 +58,15 @@ class LimitedMLP(MLP):
         return out
 
 
+@pytest.mark.parametrize("rows", [1, 5, norms.FEW_ROWS])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norms(offset: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norms(rows: int, offset: float, dtype: torch.dtype) -> None:
     own = RMSNorm(24, offset=offset).to(dtype)
     fast = norms.replace(own)
     assert isinstance(fast, norms.FastRMSNorm)
-    x = torch.randn(3, 5, 24, dtype=dtype) * 3
-    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
+    x = torch.randn(3, rows, 24, dtype=dtype) * 3
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(fast(x), own(x), rtol=tolerance, atol=tolerance)
 
 
@@ -88,18 +89,45 @@ def test_packed_linears(rows: int, inner: int, outer: int, bias: bool, dtype: to
         torch.testing.assert_close(packed(x[None]), packed(x)[None])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_follows_a_packed_product(bias: bool, dtype: torch.dtype) -> None:
+    own = nn.Linear(16, 24, bias=bias, dtype=dtype)
+    packed = linears.pack(own)
+    assert isinstance(packed, linears.PackedLinear)
+    x, other = torch.randn(1, 9, 16, dtype=dtype), torch.randn(1, 9, 24, dtype=dtype)
+    with torch.inference_mode():
+        product = F.linear(x, own.weight, own.bias).float()
+        cases = [
+            (packed.silu(x), F.silu(product)),
+            (packed.times(x, other), product * other.float()),
+            (packed.plus(x, other), product + other.float()),
+            (linears.linear_plus(packed, x, other), product + other.float()),
+            (linears.linear_plus(own, x, other), product + other.float()),
+        ]
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for ours, expected in cases:
+        torch.testing.assert_close(ours, expected.to(dtype), rtol=tolerance, atol=tolerance)
+
+
 def test_float16_linears_stay() -> None:
     assert linears.pack(nn.Linear(8, 8, dtype=torch.float16)) is None
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_fused_mlp(bias: bool) -> None:
-    own = MLP(bias=bias)
-    fused = mlp.replace(own)
-    assert isinstance(fused, mlp.FusedMLP)
-    x = torch.randn(2, 3, 16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gated_mlp(bias: bool, dtype: torch.dtype) -> None:
+    own = MLP(bias=bias).to(dtype)
+    swapped = mlp.replace(own)
+    assert isinstance(swapped, mlp.PackedMLP if dtype == torch.bfloat16 else mlp.FusedMLP)
+    x, residual = torch.randn(2, 3, 16, dtype=dtype), torch.randn(2, 3, 16, dtype=dtype)
     with torch.inference_mode():
-        torch.testing.assert_close(fused(x), own(x))
+        expected = own(x)
+        for _ in range(2):  # before its linear layers are packed, and after
+            torch.testing.assert_close(swapped(x), expected, rtol=3e-2, atol=3e-2)
+            torch.testing.assert_close(swapped.plus(x, residual), expected + residual, rtol=3e-2, atol=3e-2)
+            for name, child in swapped.named_children():
+                setattr(swapped, name, linears.pack(child) or child)
 
 
 @pytest.mark.parametrize(("kind", "swapped"), [(MLP, 1), (LimitedMLP, 0)])
@@ -143,8 +171,9 @@ def test_rotation(heads: int) -> None:
 @pytest.mark.parametrize(
     ("model_type", "changes", "expected"),
     [
-        pytest.param("llama", {}, {"norms": 5, "attention": 2, "mlp": 2, "linears": 9}, id="everything"),
-        pytest.param("qwen3", {}, {"norms": 9, "attention": 2, "mlp": 2}, id="norms of heads"),
+        pytest.param("llama", {}, {"norms": 5, "attention": 2, "mlp": 2, "layers": 2, "linears": 11}, id="everything"),
+        pytest.param("qwen3", {}, {"norms": 9, "attention": 2, "mlp": 2, "layers": 2}, id="norms of heads"),
+        pytest.param("granite", {"residual_multiplier": 0.5}, {"attention": 2, "layers": 0}, id="scaled residuals"),
         pytest.param("stablelm", {}, {"attention": 0, "projections": 2}, id="part of a head rotates"),
         pytest.param("olmo", {"clip_qkv": 4.0}, {"attention": 0, "projections": 2}, id="clipped projections"),
         pytest.param("ministral3", {}, {"mlp": 2}, id="queries scaled by position"),

@@ -18,7 +18,7 @@ from fake_runner import BLOCK_SIZE, NAN_TOKEN, FakeRunner
 from text_generation_proto.v1 import generate_pb2 as pb
 from text_generation_proto.v1 import generate_pb2_grpc as pb_grpc
 from text_generation_server.config import ConfigError
-from text_generation_server.engine.engine import Engine
+from text_generation_server.engine.engine import Engine, compute_thread
 from text_generation_server.engine.memory import DoesNotFit, KVPlan, WarmupLimits
 from text_generation_server.model.runner import ModelRunner
 from text_generation_server.rpc.server import Listener, listen, own
@@ -44,7 +44,7 @@ def plan(runner: ModelRunner, limits: WarmupLimits) -> KVPlan:
 @pytest.fixture
 async def shard(tmp_path: Path) -> AsyncIterator[Shard]:
     runner = FakeRunner()
-    engine = Engine(runner, plan, block_size=BLOCK_SIZE, num_threads=1)
+    engine = Engine(runner, plan, block_size=BLOCK_SIZE, compute=compute_thread(1))
     engine.start()
     info = pb.InfoResponse(launcher_nonce="n", incarnation=3, model_id="fake")
     listener = await listen(TextGenerationService(engine, info), tmp_path / "shard-0")

@@ -45,6 +45,10 @@ class FusedAttention(nn.Module):
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, **_: Any
     ) -> tuple[Tensor, None]:
         assert position_embeddings is not None
+        return self.out(self.inner(hidden_states, position_embeddings)), None
+
+    def inner(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """What goes into ``out``."""
         rotating = self.query_heads + self.kv_heads
         heads = self.qkv(hidden_states[0]).view(-1, rotating + self.kv_heads, self.head_dim)
         pair, value = heads[:, :rotating], heads[:, rotating:]
@@ -58,18 +62,17 @@ class FusedAttention(nn.Module):
             value.transpose(0, 1),
             self.arguments,
         )
-        return self.out(attended.view(1, -1, self.query_heads * self.head_dim)), None
+        return attended.view(1, -1, self.query_heads * self.head_dim)
 
 
 def rotate(heads_THD: Tensor, cos_1TD: Tensor, sin_1TD: Tensor) -> Tensor:
     """Rotary embedding of half-split heads in three operations.
 
-    ``x * cos + cat(-right, left) * sin`` is ``x * cos + swap(x) * signed_sin``, where swap exchanges the halves and
-    the left half of ``signed_sin`` is negated; sine and cosine are the same for all layers of a step.
+    ``x * cos + cat(-right, left) * sin`` is ``x * cos + roll(x) * signed_sin``, where half a turn exchanges the halves
+    and the left half of ``signed_sin`` is negated; sine and cosine are the same for all layers of a step.
     """
     cos_T1D, signed_sin_T1D = _signed.of(cos_1TD, sin_1TD)
-    num_tokens, num_heads, width = heads_THD.shape
-    swapped = heads_THD.reshape(num_tokens, num_heads, 2, width // 2).flip(2).view(heads_THD.shape)
+    swapped = heads_THD.roll(heads_THD.shape[2] // 2, 2)
     return torch.addcmul(swapped.mul_(signed_sin_T1D), heads_THD, cos_T1D)
 
 

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 
 class PackedLinear(nn.Module):
-    """``F.linear`` over a prepacked weight; the plain weight is not kept."""
+    """``F.linear`` over a prepacked weight; the plain weight is not kept.
+
+    What follows the product can be done while its results are still in registers.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -25,6 +28,23 @@ class PackedLinear(nn.Module):
         out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
         return out
 
+    def silu(self, x: Tensor) -> Tensor:
+        """``silu(self(x))``"""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "swish", [], "")
+        return out
+
+    def plus(self, x: Tensor, addend: Tensor) -> Tensor:
+        """``self(x) + addend``"""
+        return self._and(x, addend, "add")
+
+    def times(self, x: Tensor, factor: Tensor) -> Tensor:
+        """``self(x) * factor``"""
+        return self._and(x, factor, "mul")
+
+    def _and(self, x: Tensor, other: Tensor, operation: str) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed, self.bias, operation)
+        return out
+
     @property
     def weight(self) -> Tensor:
         """Shape, dtype and device only, for models that ask their layers for them: zeros that occupy nothing."""
@@ -32,6 +52,14 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def linear_plus(linear: nn.Module, x: Tensor, addend: Tensor) -> Tensor:
+    """``linear(x) + addend`` in as few operations as the layer allows."""
+    if isinstance(linear, PackedLinear):
+        return linear.plus(x, addend)
+    out: Tensor = linear(x)
+    return out + addend
 
 
 def plain_weights(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:

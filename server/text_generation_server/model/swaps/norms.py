@@ -1,4 +1,4 @@
-"""RMS norms as one call of ``F.rms_norm``, instead of the six operations that models spell out."""
+"""RMS norms in few operations, instead of the six that models spell out."""
 
 from __future__ import annotations
 
@@ -8,16 +8,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FEW_ROWS = 64
+
 
 class FastRMSNorm(nn.Module):
+    """On a CPU, ``F.rms_norm`` in half precision is nine operations, and in a decode step their number is what costs.
+
+    A layer norm is one operation, and of ``(x, -x)`` it is the RMS norm of x: the mean is 0 and the variance the mean
+    square. With weights out of the cache, one row takes 27 us so instead of 42; from about 64 rows on, the same in
+    place in float32 is faster. In float32 the library's own order of operations is kept.
+    """
+
     def __init__(self, weight: Tensor, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.shape = tuple(weight.shape)
         self.eps = eps
+        self.few_operations = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
+        self.mirror: Tensor
+        self.mirrored_weight: Tensor
+        self.register_buffer("mirror", weight.new_tensor([[1.0], [-1.0]]), persistent=False)
+        self.register_buffer("mirrored_weight", torch.stack((weight, weight)).detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.shape, self.weight, self.eps)
+        if not self.few_operations:
+            return F.rms_norm(x, self.shape, self.weight, self.eps)
+        if x.numel() <= FEW_ROWS * x.shape[-1]:
+            mirrored = x.unsqueeze(-2) * self.mirror
+            return F.layer_norm(mirrored, (2, *self.shape), self.mirrored_weight, None, self.eps).select(-2, 0)
+        wide = x.float()
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = scale.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+        return wide.mul_(scale).mul_(self.weight).to(x.dtype)
 
 
 def replace(module: nn.Module) -> nn.Module | None:

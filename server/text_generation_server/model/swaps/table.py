@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from text_generation_server.model.bridge import Unservable
-from text_generation_server.model.swaps import attention, linears, mlp, norms, projections
+from text_generation_server.model.swaps import attention, layers, linears, mlp, norms, projections
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ REPLACEMENTS: dict[str, Callable[[nn.Module], nn.Module | None]] = {
     "norms": norms.replace,  # first: the attention swap recognises head norms by it
     "attention": attention.replace,
     "mlp": mlp.replace,
+    "layers": layers.replace,  # of parts that are swapped already
 }
 """Checked against recorded calls."""
 
@@ -126,7 +127,7 @@ def _as_float(value: Any) -> Any:
 
 def _might_replace(module: nn.Module) -> bool:
     return "RMSNorm" in type(module).__name__ or any(
-        name in dict(module.named_children()) for name in ("q_proj", "gate_proj")
+        name in dict(module.named_children()) for name in ("q_proj", "gate_proj", "self_attn")
     )
 
 

@@ -1,0 +1,57 @@
+"""Whole decoder layers of the Llama pattern, whose residual sums are done inside of the products before them.
+
+It also spares the calls around the calls: in a decode step of a small model, what lies between the operations costs as
+much as they do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from text_generation_server.model.swaps.attention import FusedAttention
+from text_generation_server.model.swaps.linears import linear_plus
+from text_generation_server.model.swaps.mlp import GatedMLP
+from text_generation_server.model.swaps.norms import FastRMSNorm
+
+CHILDREN = {
+    "input_layernorm": FastRMSNorm,
+    "self_attn": FusedAttention,
+    "post_attention_layernorm": FastRMSNorm,
+    "mlp": GatedMLP,
+}
+
+
+class FusedLayer(nn.Module):
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``, over swapped parts."""
+
+    input_layernorm: FastRMSNorm
+    self_attn: FusedAttention
+    post_attention_layernorm: FastRMSNorm
+    mlp: GatedMLP
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        for name in CHILDREN:
+            setattr(self, name, getattr(original, name))
+        # Models read fields of their layers, such as the kind of attention that picks the mask.
+        for name, value in vars(original).items():
+            if not name.startswith("_") and name != "training":
+                setattr(self, name, value)
+
+    def forward(
+        self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor] | None = None, **__: Any
+    ) -> Tensor:
+        assert position_embeddings is not None
+        attended = self.self_attn.inner(self.input_layernorm(hidden_states), position_embeddings)
+        hidden_states = linear_plus(self.self_attn.out, attended, hidden_states)
+        return self.mlp.plus(self.post_attention_layernorm(hidden_states), hidden_states)
+
+
+def replace(module: nn.Module) -> nn.Module | None:
+    """By its parts, all of them swapped before. In which order it uses them is checked after."""
+    children = dict(module.named_children())
+    if set(children) != set(CHILDREN) or not all(isinstance(children[name], CHILDREN[name]) for name in children):
+        return None
+    return FusedLayer(module)
