@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -68,6 +69,9 @@ def run_shard(config: ShardConfig, source: ModelSource, env: Mapping[str, str], 
             compute=compute,
         )
         runner.on_progress = engine.note_progress
+        # What is alive now stays: no collection between two steps looks at a million objects of the libraries again.
+        gc.collect()
+        gc.freeze()
         code = asyncio.run(_serve(config, engine, _info(config, source, runner, tokenizer), seconds))
     compute.submit(group.close).result()
     return code
