@@ -102,7 +102,8 @@ def _meeting_place(config: ShardConfig) -> Any:
     """The store that rank 0 keeps. Ranks of one node meet on the loopback interface, which no other machine reaches.
 
     Left to itself the store listens on every interface, and anybody who reaches it can write to it; so rank 0 listens
-    on its own socket and hands it over.
+    on its own socket and hands it over. What a launch writes carries its nonce: a rank of another launch that was given
+    the same port finds nothing of this one, and this one nothing of it.
     """
     on_loopback = config.master_addr in LOOPBACK
     address = "127.0.0.1" if on_loopback else config.master_addr
@@ -113,7 +114,15 @@ def _meeting_place(config: ShardConfig) -> Any:
     if config.rank == 0:
         with socket.create_server((address, config.master_port), backlog=config.world_size * 4) as server:
             listening["master_listen_fd"] = server.detach()  # the store closes it
-    return dist.TCPStore(address, config.master_port, config.world_size, config.rank == 0, JOIN_TIMEOUT, **listening)  # type: ignore[attr-defined]
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        address,
+        config.master_port,
+        is_master=config.rank == 0,
+        timeout=JOIN_TIMEOUT,
+        wait_for_workers=False,  # it would count whoever connects
+        **listening,
+    )
+    return dist.PrefixStore(f"{config.launcher_nonce}/{config.incarnation}", store)  # type: ignore[attr-defined]
 
 
 def alone(device: torch.device | None = None) -> Group:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import paged_driver
 import pytest
@@ -66,6 +69,23 @@ def test_what_cannot_be_split_is_refused(model_type: str, world_size: int, reaso
 def test_slices_are_equal_but_for_the_last() -> None:
     assert shard_starts(10, 4) == [0, 3, 6, 9, 10]
     assert shard_starts(2, 4) == [0, 1, 2, 2, 2]
+
+
+def test_launches_that_were_given_one_port_do_not_meet() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+    def store(rank: int, nonce: str) -> Any:
+        config = shard_config(rank, port, 2)
+        return distributed._meeting_place(dataclasses.replace(config, launcher_nonce=nonce))
+
+    leader = store(0, "one")
+    leader.set("leader", "here")
+    assert store(1, "one").check(["leader"])
+    stranger = store(1, "two")
+    assert not stranger.check(["leader"])
+    stranger.set("stranger", "here")
+    assert not leader.check(["stranger"])
 
 
 def test_one_shard_opens_no_port() -> None:
