@@ -133,3 +133,12 @@ def test_readiness_is_logged_at_every_level() -> None:
 def test_a_compute_type_of_the_users_is_kept() -> None:
     assert plan().router.env["COMPUTE_TYPE"] == "1-cpu"
     assert plan({"COMPUTE_TYPE": "mine"}).router.env["COMPUTE_TYPE"] == "mine"
+
+
+def test_a_shards_memory_is_tuned_and_what_the_user_sets_comes_last() -> None:
+    tuned = plan().shards[0].env["GLIBC_TUNABLES"]
+    assert "glibc.malloc.hugetlb=1" in tuned.split(":")
+    given = "glibc.malloc.hugetlb=0:glibc.malloc.check=1"
+    made = plan({"GLIBC_TUNABLES": given})
+    assert made.shards[0].env["GLIBC_TUNABLES"] == f"{tuned}:{given}"
+    assert made.router.env["GLIBC_TUNABLES"] == given

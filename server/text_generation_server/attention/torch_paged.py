@@ -90,7 +90,6 @@ class View:
 @dataclass(slots=True)
 class Plan:
     slots_T: Tensor
-    num_decode_rows: int
     num_tokens: int
     """Of the rows; the step may have padding behind them."""
     views: dict[tuple[int, int], View]
@@ -111,7 +110,6 @@ class TorchPaged:
     def prepare(self, inputs: ForwardInputs) -> Plan:
         return Plan(
             slots_T=inputs.slots_T,
-            num_decode_rows=inputs.num_decode_rows,
             num_tokens=inputs.slots_T.shape[0],
             views={(window, chunk): self._view(inputs, window, chunk) for window, chunk in self.sights},
         )

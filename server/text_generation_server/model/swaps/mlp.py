@@ -71,11 +71,11 @@ def replace(module: nn.Module) -> nn.Module | None:
     if set(children) - {"act_fn"} != {"gate_proj", "up_proj", "down_proj"} or not isinstance(activation, nn.Module):
         return None
     gate, up, down = (children[name] for name in ("gate_proj", "up_proj", "down_proj"))
+    weights = [plain_weights(gate), plain_weights(up)]
+    if all(each is not None and can_pack(each[0]) for each in weights):
+        return PackedMLP(gate, up, down, activation)
     fused = fuse([gate, up])
-    weights = plain_weights(gate)
-    if fused is None or weights is None:
-        return None
-    return PackedMLP(gate, up, down, activation) if can_pack(weights[0]) else FusedMLP(fused, down, activation)
+    return None if fused is None else FusedMLP(fused, down, activation)
 
 
 def _is_silu(activation: nn.Module) -> bool:
