@@ -44,6 +44,10 @@ class FakeShard(TextGenerationServicer):
     max_position_embeddings: int = 512
     prefill_logprobs: bool = False
     step_s: float = 0.0
+    gate: asyncio.Event | None = None
+    """Steps wait until it is set."""
+    progress_age_s: float = 0.0
+    """What Health says."""
     fail_steps: int = 0
     """That many of the next steps fail as a whole."""
     poisoned_token: int | None = None
@@ -74,7 +78,12 @@ class FakeShard(TextGenerationServicer):
         )
 
     async def Health(self, request: pb.HealthRequest, context: Any) -> pb.HealthResponse:
-        return pb.HealthResponse(incarnation=1, epoch=self.epoch, num_sequences=len(self.sequences))
+        return pb.HealthResponse(
+            incarnation=1,
+            epoch=self.epoch,
+            num_sequences=len(self.sequences),
+            last_progress_ns=int(self.progress_age_s * 1e9),
+        )
 
     async def Warmup(self, request: pb.WarmupRequest, context: Any) -> pb.WarmupResponse:
         self.warmups.append(request)
@@ -93,6 +102,8 @@ class FakeShard(TextGenerationServicer):
             last = step.step_id
             if self.step_s:
                 await asyncio.sleep(self.step_s)
+            if self.gate is not None:
+                await self.gate.wait()
             yield self.run(step)
 
     def run(self, step: pb.StepRequest) -> pb.StepResult:

@@ -45,7 +45,6 @@ def limits(**changes: Any) -> Limits:
         "max_total_tokens": 120,
         "vocab_size": 512,
         "disable_grammar_support": False,
-        "prefill_logprobs": True,
     }
     return Limits(**{**defaults, **changes})
 
@@ -117,6 +116,7 @@ class Router:
     metrics: Metrics
     drain: Drain
     client: httpx2.AsyncClient
+    server: HttpServer | None
 
     @property
     def permits_taken(self) -> int:
@@ -177,6 +177,7 @@ async def running(
     service = ServiceRoutes(tokenizer, inference, metrics, info(), payload_limit=payload_limit)
     drain = Drain()
     app = build_app(generate, service, Access(drain=drain, api_key=api_key, cors_allow_origin=origins))
+    server = None
     if over_socket:
         sock = bind("127.0.0.1", 0)
         server = HttpServer(app, sock)
@@ -189,8 +190,8 @@ async def running(
         client = httpx2.AsyncClient(transport=transport, base_url="http://router")
     try:
         async with client:
-            yield Router(app, batcher, inference, metrics, drain, client)
+            yield Router(app, batcher, inference, metrics, drain, client, server)
     finally:
-        if over_socket:
+        if server is not None:
             await server.close()
         tokenizer.close()

@@ -79,8 +79,8 @@ async def _on_router_error(request: Request, error: RouterError) -> Response:
 
 async def _on_body_error(request: Request, error: BodyError) -> Response:
     response = Response(str(error), error.status, media_type="text/plain")
-    if error.status in (413, 415):
-        response.headers["connection"] = "close"  # the body may be on its way still: it is not read
+    if error.status in (413, 415) and "expect" in request.headers:
+        response.headers["connection"] = "close"  # nobody knows whether the body will come
     return response
 
 

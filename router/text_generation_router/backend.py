@@ -60,13 +60,13 @@ async def start_backend(flags: RouterFlags) -> AsyncIterator[Backend]:
         with _timed(seconds, "warmup"), _failing_as("Backend failed"):
             warmed = await shards.warmup(limits)
         logger.info("KV-cache blocks: %s, size: %s (%s)", warmed.num_blocks, info.block_size, warmed.derivation)
-        with _failing_as("Argument validation error"):
-            config = resolve(flags, info, warmed.num_blocks)
         with _timed(seconds, "tokenizer"), _failing_as("WebServer error: Tokenizer error"):
             tokenizer = RouterTokenizer.load(
                 info.tokenizer_path, vocab_size=info.vocab_size, num_workers=flags.validation_workers
             )
         stack.callback(tokenizer.close)
+        with _failing_as("Argument validation error"):
+            config = resolve(flags, info, warmed.num_blocks, tokenizer.model_max_length)
         metrics = Metrics(
             max_input_tokens=config.limits.max_input_tokens, max_total_tokens=config.limits.max_total_tokens
         )

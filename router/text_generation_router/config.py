@@ -61,8 +61,6 @@ class Limits:
     vocab_size: int
     """Width of the logits."""
     disable_grammar_support: bool
-    prefill_logprobs: bool
-    """The server was started with ``--enable-prefill-logprobs``."""
 
     def __post_init__(self) -> None:
         if not 0 < self.max_input_tokens < self.max_total_tokens:
@@ -83,8 +81,6 @@ class ModelInfo(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def max_position_embeddings(self) -> int: ...
-    @property
-    def prefill_logprobs(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +88,7 @@ class WarmupLimits:
     """What the shards must know to size their KV cache; 0 is "choose what fits"."""
 
     max_batch_prefill_tokens: int
+    """Tokens of the largest step."""
     max_batch_total_tokens: int
     max_batch_size: int
     max_total_tokens: int
@@ -123,6 +120,10 @@ def warmup_limits(flags: RouterFlags, info: ModelInfo) -> WarmupLimits:
         raise ConfigError("`max_batch_size` must be > 0")
     if flags.max_concurrent_requests < 1:
         raise ConfigError("`max_concurrent_requests` must be > 0")
+    if flags.max_batch_prefill_tokens is not None and flags.max_batch_prefill_tokens < 1:
+        raise ConfigError("`max_batch_prefill_tokens` must be > 0")
+    if flags.max_batch_total_tokens is not None and flags.max_batch_total_tokens < 1:
+        raise ConfigError("`max_batch_total_tokens` must be > 0")
     positions = info.max_position_embeddings
     max_total = flags.max_total_tokens
     if max_total is not None and 0 < positions < max_total:
@@ -137,7 +138,8 @@ def warmup_limits(flags: RouterFlags, info: ModelInfo) -> WarmupLimits:
     if batch_total is not None:
         _check_batch_total(flags.max_batch_prefill_tokens, max_total, batch_total)
     return WarmupLimits(
-        max_batch_prefill_tokens=_prefill_tokens(flags, info),
+        # Decode rows are never held back: a step may have one for every request, and a prompt token.
+        max_batch_prefill_tokens=max(_prefill_tokens(flags, info), _most_rows(flags) + 1),
         max_batch_total_tokens=batch_total or 0,
         max_batch_size=flags.max_batch_size or 0,
         max_total_tokens=max_total or 0,
@@ -145,22 +147,24 @@ def warmup_limits(flags: RouterFlags, info: ModelInfo) -> WarmupLimits:
     )
 
 
-def resolve(flags: RouterFlags, info: ModelInfo, num_blocks: int) -> RouterConfig:
-    """Fill in all that was not given, now that ``num_blocks`` are known to fit. Raises: ConfigError."""
+def resolve(flags: RouterFlags, info: ModelInfo, num_blocks: int, model_max_length: int | None = None) -> RouterConfig:
+    """Fill in all that was not given, now that ``num_blocks`` are known to fit.
+
+    ``model_max_length`` is the tokenizer's word on the longest text. Raises: ConfigError.
+    """
     capacity = num_blocks * info.block_size
     _check_batch_total(flags.max_batch_prefill_tokens, flags.max_total_tokens, capacity)
     max_total = flags.max_total_tokens
     if max_total is None:
-        max_total = min(capacity, info.max_position_embeddings or capacity)
+        max_total = min(capacity, info.max_position_embeddings or capacity, model_max_length or capacity)
     limits = Limits(
         max_best_of=flags.max_best_of,
         max_stop_sequences=flags.max_stop_sequences,
-        max_top_n_tokens=flags.max_top_n_tokens,
+        max_top_n_tokens=min(flags.max_top_n_tokens, info.vocab_size),
         max_input_tokens=max_total - 1 if flags.max_input_tokens is None else flags.max_input_tokens,
         max_total_tokens=max_total,
         vocab_size=info.vocab_size,
         disable_grammar_support=flags.disable_grammar_support,
-        prefill_logprobs=info.prefill_logprobs,
     )
     return RouterConfig(
         limits=limits,
@@ -175,9 +179,12 @@ def _prefill_tokens(flags: RouterFlags, info: ModelInfo) -> int:
     if flags.max_batch_prefill_tokens is not None:
         return flags.max_batch_prefill_tokens
     # The decode rows of a full house come out of the same budget: they must leave room for a prompt.
-    rows = min(flags.max_concurrent_requests, flags.max_batch_size or flags.max_concurrent_requests)
     default = CPU_BATCH_PREFILL_TOKENS if info.device_type == "cpu" else DEFAULT_BATCH_PREFILL_TOKENS
-    return max(default, rows + info.block_size)
+    return max(default, _most_rows(flags) + info.block_size)
+
+
+def _most_rows(flags: RouterFlags) -> int:
+    return min(flags.max_concurrent_requests, flags.max_batch_size or flags.max_concurrent_requests)
 
 
 def _check_batch_total(max_prefill: int | None, max_total: int | None, batch_total: int) -> None:

@@ -12,6 +12,11 @@ _CONTEXT_IDS = 6
 """Last prompt ids that seed a sequence: a decoder that strips a leading space must see that the text goes on."""
 
 _REPLACEMENT = "\ufffd"
+_LONGEST_INCOMPLETE = 3
+"""Replacement characters that an incomplete character can look like: one for each of its bytes, or one for all."""
+_MAX_HELD_IDS = 8
+"""Ids that may wait for a character to become complete. A character has four bytes; after so many, what looks
+incomplete is what the model wrote."""
 
 
 class Detokenizer:
@@ -33,21 +38,25 @@ class Detokenizer:
 class SequenceDetokenizer:
     """The text of one sequence, piece by piece.
 
-    A piece is "" while a character is incomplete; the next one then carries all of it. The pieces concatenate to
-    the text of all ids, except for bytes at the very end that never became a character.
+    A piece is "" while a character is incomplete; a later one then carries all of it. The pieces and `rest`
+    concatenate to the text of all ids.
     """
 
-    __slots__ = ("_owed", "_stream", "_tokenizer")
+    __slots__ = ("_held_ids", "_num_unshown", "_recent_ids", "_shown", "_stream", "_tokenizer")
 
     def __init__(self, tokenizer: Tokenizer, context_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=list(context_ids), skip_special_tokens=False)
-        # A context that ends in U+FFFD looks unfinished to the stream: it returns all of it with the first piece.
-        text = str(tokenizer.decode(list(context_ids), skip_special_tokens=False))
-        self._owed = text if text.endswith(_REPLACEMENT) else ""
+        # The last ids whose text is out, all but some last characters of it that look incomplete.
+        self._recent_ids = list(context_ids)
+        self._held_ids: list[int] = []
+        self._stream: DecodeStream
+        self._num_unshown: int
+        self._shown: str
+        self._restart(num_unshown=0)
 
     def step(self, token_id: int) -> str:
         """The text that ``token_id`` completes."""
+        self._held_ids.append(token_id)
         try:
             piece = self._stream.step(self._tokenizer, token_id)
         except Exception:
@@ -56,8 +65,55 @@ class SequenceDetokenizer:
             # seam are lost.
             self._stream = DecodeStream(ids=[], skip_special_tokens=False)
             piece = self._stream.step(self._tokenizer, token_id)
-        if piece and self._owed:
-            # Either the character was meant, or the bytes behind it have made another one of it.
-            shown = self._owed if piece.startswith(self._owed) else self._owed.rstrip(_REPLACEMENT)
-            piece, self._owed = piece.removeprefix(shown), ""
-        return piece or ""
+        if piece:
+            self._take_held()
+            if self._shown:
+                # What was shown as incomplete was either meant, or the bytes behind it have made something else of it.
+                piece, self._shown = _behind(self._shown, piece), ""
+            self._num_unshown = 0
+            return piece
+        return self._give_up() if len(self._held_ids) > _MAX_HELD_IDS else ""
+
+    def rest(self) -> str:
+        """What is held back at the end of the sequence: bytes that never became a character, or looked like it."""
+        if not (self._held_ids or self._num_unshown):
+            return ""
+        text = self._decode([*self._recent_ids, *self._held_ids])
+        return _behind(self._shown_text(), text)
+
+    def _give_up(self) -> str:
+        """Put out what is held, but for what the next id may still complete."""
+        text = self.rest()
+        num_unshown = min(len(text) - len(text.rstrip(_REPLACEMENT)), _LONGEST_INCOMPLETE)
+        self._take_held()
+        self._restart(num_unshown)
+        return text[: len(text) - num_unshown]
+
+    def _shown_text(self) -> str:
+        """The text of the recent ids, as far as it is out."""
+        text = self._decode(self._recent_ids)
+        return text[: len(text) - self._num_unshown]
+
+    def _take_held(self) -> None:
+        self._recent_ids = [*self._recent_ids, *self._held_ids][-_CONTEXT_IDS:]
+        self._held_ids = []
+
+    def _restart(self, num_unshown: int) -> None:
+        """Go on behind the recent ids. A stream takes a context that ends in U+FFFD for unfinished: its first piece
+        will hold all of it."""
+        self._stream = DecodeStream(ids=list(self._recent_ids), skip_special_tokens=False)
+        self._num_unshown = num_unshown
+        self._shown = self._shown_text() if self._decode(self._recent_ids).endswith(_REPLACEMENT) else ""
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def _behind(shown: str, text: str) -> str:
+    """``text`` from where it differs from ``shown``, or goes on behind it."""
+    same = 0
+    for left, right in zip(shown, text, strict=False):
+        if left != right:
+            break
+        same += 1
+    return text[same:]

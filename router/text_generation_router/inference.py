@@ -59,9 +59,6 @@ class Generation:
 
     def __init__(self, queued: QueuedRequest, batcher: Batcher, permit: Permit) -> None:
         self.inputs = queued.request.inputs
-        self.input_length = queued.num_prompt_tokens
-        self.validation_s = queued.validation_s
-        self.request = queued.request
         self._queued = queued
         self._batcher = batcher
         self._permit = permit

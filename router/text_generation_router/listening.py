@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import uvicorn
 from starlette.types import ASGIApp
 
+from text_generation_router.http_protocol import HttpProtocol
+
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
@@ -52,7 +54,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="httptools",
+                http=HttpProtocol,
                 loop="none",
                 ws="none",
                 lifespan="off",
@@ -82,6 +84,8 @@ class HttpServer(uvicorn.Server):
         waiting = asyncio.create_task(self._listening.wait())
         await asyncio.wait((self._task, waiting), return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
+        if self._task.done():
+            self._task.result()  # why it does not listen
 
     async def close(self) -> None:
         """Stop listening, close idle connections, give the others CLOSE_S."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
@@ -33,22 +34,29 @@ class Encoding:
 class RouterTokenizer:
     """The model's tokenizer and the threads it runs on."""
 
-    def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, num_workers: int) -> None:
-        """``vocab_size`` is the width of the logits: a tokenizer may know ids that the model does not."""
+    def __init__(
+        self, tokenizer: Tokenizer, *, vocab_size: int, num_workers: int, special_tokens: Iterable[str] = ()
+    ) -> None:
+        """``vocab_size`` is the width of the logits: a tokenizer may know ids that the model does not.
+
+        ``special_tokens`` are special beside those that the tokenizer itself marks; unknown ones do no harm.
+        """
         # Settings of training runs: they would pad a prompt, or cut it without a word.
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.tokenizer = tokenizer
-        self.special_ids = frozenset(
-            token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
-        )
+        marked = (token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        named = (tokenizer.token_to_id(token) for token in special_tokens)
+        self.special_ids = frozenset((*marked, *(token_id for token_id in named if token_id is not None)))
+        self.model_max_length: int | None = None
+        """The longest text that the tokenizer's configuration allows for; None is no limit."""
         self._vocab_size = vocab_size
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="tokenizer")
         self._budget = _Budget(MAX_CHARACTERS_IN_FLIGHT)
 
     @classmethod
     def load(cls, path: str, *, vocab_size: int, num_workers: int) -> RouterTokenizer:
-        """From a ``tokenizer.json`` or the folder that holds one. Raises: ConfigError."""
+        """From a ``tokenizer.json``, or the folder that holds one, and what lies beside it. Raises: ConfigError."""
         file = Path(path)
         if file.is_dir():
             file /= "tokenizer.json"
@@ -56,7 +64,16 @@ class RouterTokenizer:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare exceptions
             raise ConfigError(f"Unable to load tokenizer {file}: {error}") from None
-        return cls(tokenizer, vocab_size=vocab_size, num_workers=num_workers)
+        config = _json_object(file.parent / "tokenizer_config.json")
+        special_tokens = {
+            *_named_special_tokens(config),
+            *_named_special_tokens(_json_object(file.parent / "special_tokens_map.json")),
+        }
+        loaded = cls(tokenizer, vocab_size=vocab_size, num_workers=num_workers, special_tokens=special_tokens)
+        length = config.get("model_max_length")
+        if isinstance(length, int | float) and length > 0:  # "no limit" is written as 1e30
+            loaded.model_max_length = int(length)
+        return loaded
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> Encoding:
         """Ids of a whole prompt, without offsets. Raises: ValidationError."""
@@ -108,6 +125,32 @@ class RouterTokenizer:
         # its share of the budget is free when the thread is.
         future.add_done_callback(lambda _: _call_on(loop, self._budget.give_back, size))
         return await asyncio.wrap_future(future)
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    """What a file of the model's folder says; nothing if it is missing or no JSON object."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _named_special_tokens(config: Mapping[str, Any]) -> Iterator[str]:
+    """Tokens that transformers takes for special by their role; tokenizer.json may not mark them."""
+    for key, value in config.items():
+        if key.endswith("_token"):
+            yield from _contents([value])
+        elif key in ("additional_special_tokens", "extra_special_tokens"):
+            yield from _contents(value.values() if isinstance(value, dict) else value or ())
+
+
+def _contents(tokens: Iterable[object]) -> Iterator[str]:
+    """Texts of tokens that are written as a text or as an object with ``content``."""
+    for token in tokens:
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str):
+            yield content
 
 
 class _Budget:

@@ -23,7 +23,6 @@ class CheckedParameters:
 
     inputs: str
     add_special_tokens: bool
-    best_of: int
     sampling: Sampling
     """Its seed is filled in by ``build_request``."""
     seed: int | None
@@ -81,7 +80,6 @@ def check_parameters(request: GenerateRequest, limits: Limits) -> CheckedParamet
     return CheckedParameters(
         inputs=request.inputs,
         add_special_tokens=request.add_special_tokens,
-        best_of=best_of,
         sampling=sampling,
         seed=parameters.seed,
         max_new_tokens=parameters.max_new_tokens,

@@ -156,7 +156,9 @@ async def test_a_client_that_goes_away_frees_everything(path: str, talkative: bo
         assert router.metrics.request_success.value() == 0
 
 
-async def test_a_client_that_stops_reading_counts_as_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_stops_reading_counts_as_gone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(sse, "WRITE_STALL_S", 0.2)
     monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.1)
     flood: list[asyncio.Task[None]] = []
@@ -179,6 +181,11 @@ async def test_a_client_that_stops_reading_counts_as_gone(monkeypatch: pytest.Mo
                 await asyncio.sleep(0.02)
         assert router.permits_taken == 0
         flood[0].cancel()
+        assert router.server is not None
+        async with asyncio.timeout(5):  # the connection is closed, though the client has not read what is on its way
+            while router.server.server_state.connections:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        assert not [record for record in caplog.records if record.levelname == "ERROR"]
         writer.transport.abort()
         await router.idle()
 

@@ -14,7 +14,6 @@ class Model:
     block_size: int = 16
     vocab_size: int = 1000
     max_position_embeddings: int = 2048
-    prefill_logprobs: bool = False
 
 
 def test_defaults_are_what_fits() -> None:
@@ -34,11 +33,26 @@ def test_the_models_positions_are_a_limit_as_well() -> None:
     assert unbounded.limits.max_total_tokens == 160
 
 
+def test_the_tokenizers_length_is_a_limit_unless_one_is_given() -> None:
+    assert resolve(RouterFlags(), Model(), 10_000, model_max_length=512).limits.max_total_tokens == 512
+    assert resolve(RouterFlags(), Model(), 10_000, model_max_length=10**30).limits.max_total_tokens == 2048
+    flags = RouterFlags(max_total_tokens=600)
+    assert resolve(flags, Model(), 10_000, model_max_length=512).limits.max_total_tokens == 600
+
+
+def test_nobody_can_ask_for_more_likely_tokens_than_there_are() -> None:
+    assert resolve(RouterFlags(max_top_n_tokens=5000), Model(), 100).limits.max_top_n_tokens == 1000
+
+
+def test_the_shards_plan_for_the_largest_step() -> None:
+    assert warmup_limits(RouterFlags(max_batch_prefill_tokens=16), Model()).max_batch_prefill_tokens == 129
+
+
 def test_the_prefill_budget_leaves_room_beside_the_decode_rows() -> None:
     flags = RouterFlags(max_concurrent_requests=5000)
     assert warmup_limits(flags, Model()).max_batch_prefill_tokens == 5016
     assert warmup_limits(replace(flags, max_batch_size=100), Model()).max_batch_prefill_tokens == 4096
-    assert warmup_limits(replace(flags, max_batch_prefill_tokens=64), Model()).max_batch_prefill_tokens == 64
+    assert resolve(replace(flags, max_batch_prefill_tokens=64), Model(), 10_000).max_batch_prefill_tokens == 64
 
 
 def test_steps_are_shorter_on_a_cpu_unless_asked_otherwise() -> None:
@@ -55,11 +69,11 @@ def test_what_is_given_is_obeyed() -> None:
     warmup = warmup_limits(flags, Model())
     assert (warmup.max_batch_prefill_tokens, warmup.max_batch_total_tokens) == (30, 160)
     assert (warmup.max_batch_size, warmup.max_total_tokens, warmup.max_concurrent_requests) == (5, 20, 128)
-    config = resolve(flags, Model(prefill_logprobs=True), num_blocks=10)
+    config = resolve(flags, Model(), num_blocks=10)
     limits = config.limits
     assert (limits.max_input_tokens, limits.max_total_tokens, config.max_batch_prefill_tokens) == (10, 20, 30)
     assert (limits.max_best_of, limits.max_stop_sequences, limits.max_top_n_tokens) == (7, 8, 9)
-    assert (limits.vocab_size, limits.disable_grammar_support, limits.prefill_logprobs) == (1000, True, True)
+    assert (limits.vocab_size, limits.disable_grammar_support) == (1000, True)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +82,8 @@ def test_what_is_given_is_obeyed() -> None:
         (RouterFlags(validation_workers=0), "`validation_workers` must be > 0"),
         (RouterFlags(max_batch_size=0), "`max_batch_size` must be > 0"),
         (RouterFlags(max_concurrent_requests=0), "`max_concurrent_requests` must be > 0"),
+        (RouterFlags(max_batch_prefill_tokens=0), "`max_batch_prefill_tokens` must be > 0"),
+        (RouterFlags(max_batch_total_tokens=0), "`max_batch_total_tokens` must be > 0"),
         (
             RouterFlags(max_input_tokens=20, max_total_tokens=20),
             "`max_input_tokens` must be < `max_total_tokens`. Given: 20 and 20",

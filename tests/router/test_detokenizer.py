@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from builders import byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,6 +8,10 @@ from text_generation_router.detokenizer import Detokenizer
 from tokenizers import Tokenizer, decoders, models
 
 BYTES = byte_tokenizer()
+SPELT_AS_THEMSELVES = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [byte for byte in range(256) if byte not in SPELT_AS_THEMSELVES]
+BYTE_IDS = {byte: BYTES.get_vocab()[chr(byte)] for byte in SPELT_AS_THEMSELVES}
+BYTE_IDS |= {byte: BYTES.get_vocab()[chr(256 + place)] for place, byte in enumerate(OTHERS)}
 
 
 def metaspace_tokenizer() -> Tokenizer:
@@ -37,10 +42,33 @@ def test_bytes_that_never_become_a_character_are_shown_once_the_text_goes_on() -
 
 
 @given(st.text(max_size=30), st.text(max_size=5), st.sampled_from(["", "\ufffd", "\ufffd\ufffd"]))
-def test_pieces_concatenate_to_the_text(text: str, prompt: str, end_of_prompt: str) -> None:
-    ids = BYTES.encode(text).ids
-    if not text.endswith("\ufffd"):  # looks unfinished, so the last one is held back
-        assert "".join(pieces(BYTES, BYTES.encode(prompt + end_of_prompt).ids, ids)) == text
+def test_pieces_and_rest_concatenate_to_the_text(text: str, prompt: str, end_of_prompt: str) -> None:
+    sequence = Detokenizer(BYTES, frozenset()).start(BYTES.encode(prompt + end_of_prompt).ids)
+    shown = "".join(sequence.step(token_id) for token_id in BYTES.encode(text).ids)
+    assert shown + sequence.rest() == text
+    assert shown.rstrip("\ufffd") == text.rstrip("\ufffd")
+
+
+@given(st.lists(st.integers(0, 255) | st.sampled_from([0xE2, 0x82, 0xAC, 0xF0, 0x9F]), max_size=60))
+def test_bytes_that_are_no_characters_are_shown_as_such(values: list[int]) -> None:
+    ids = [BYTE_IDS[value] for value in values]
+    sequence = Detokenizer(BYTES, frozenset()).start([])
+    shown = [sequence.step(token_id) for token_id in ids]
+    assert "".join(shown) + sequence.rest() == BYTES.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, metaspace_tokenizer()], ids=["byte level", "byte fallback"])
+def test_an_endless_run_of_what_looks_incomplete_streams(tokenizer: Tokenizer) -> None:
+    first = BYTES.encode("€").ids[0] if tokenizer is BYTES else 3
+    sequence = Detokenizer(tokenizer, frozenset()).start([])
+    shown = [sequence.step(first) for _ in range(200)]
+    assert len("".join(shown)) >= 200 - 12
+    assert "".join(shown) + sequence.rest() == "\ufffd" * 200
+
+
+def test_a_character_that_is_completed_after_a_long_wait_comes_whole() -> None:
+    euro, mark = BYTES.encode("€").ids, BYTES.encode("!").ids
+    assert "".join(pieces(BYTES, [], [euro[0]] * 9 + euro + mark)) == "\ufffd" * 9 + "€!"
 
 
 def test_a_character_begun_by_the_prompt_is_finished_without_repeating_the_prompt() -> None:

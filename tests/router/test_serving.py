@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator
@@ -34,6 +35,15 @@ def shard(folder: Path, **options: Any) -> FakeShard:
 
 def command(path: str, *flags: str) -> list[str]:
     return [sys.executable, "-m", "text_generation_router", "--master-shard-uds-path", path, *flags]
+
+
+def is_bound(port: int) -> bool:
+    with socket.socket() as sock:
+        try:
+            sock.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
 
 
 class RouterProcess:
@@ -78,7 +88,7 @@ async def process(path: str, *flags: str, env: dict[str, str] | None = None) -> 
 
 async def test_from_start_to_drain(tmp_path: Path) -> None:
     async with (
-        serve_fake_shards(tmp_path, shard(tmp_path, step_s=0.02)) as path,
+        serve_fake_shards(tmp_path, shard(tmp_path, step_s=0.1)) as path,
         process(
             path, "--port", "0", "--prometheus-port", "0", env={"API_KEY": "k", "COMPUTE_TYPE": "1-fake"}
         ) as router,
@@ -105,11 +115,11 @@ async def test_from_start_to_drain(tmp_path: Path) -> None:
                 lines = response.aiter_lines()
                 await anext(lines)
                 router.process.send_signal(signal.SIGTERM)
-                await asyncio.sleep(0.2)
                 async with httpx2.AsyncClient(base_url=router.base, headers=headers) as other:
+                    while (await other.get("/health")).status_code != 503:  # noqa: ASYNC110
+                        await asyncio.sleep(0.02)
                     refused = await other.post("/generate", json=BODY)
                     assert (refused.status_code, refused.headers["connection"]) == (503, "close")
-                    assert (await other.get("/health")).status_code == 503
                     assert (await other.get("/live")).status_code == 200
                 rest = [line async for line in lines if line]
         assert '"generated_text":"' in rest[-1], "what ran was finished"
@@ -137,7 +147,9 @@ async def test_what_does_not_end_in_time_ends_with_an_error(
             await anext(lines)
             router.process.send_signal(signal.SIGTERM)
             if second_signal is not None:
-                await asyncio.sleep(0.2)
+                async with httpx2.AsyncClient(base_url=router.base) as other:
+                    while (await other.get("/health")).status_code != 503:  # noqa: ASYNC110
+                        await asyncio.sleep(0.02)
                 router.process.send_signal(second_signal)
             rest = [line async for line in lines if line]
         assert "error_type" in json.loads(rest[-1][5:])
@@ -145,8 +157,11 @@ async def test_what_does_not_end_in_time_ends_with_an_error(
 
 
 async def test_a_signal_while_the_shards_load(tmp_path: Path) -> None:
-    async with process(str(tmp_path / "nobody")) as router:
-        await asyncio.sleep(1.5)
+    with bind("127.0.0.1", 0) as sock:
+        port = sock.getsockname()[1]
+    async with process(str(tmp_path / "nobody"), "--port", str(port)) as router, asyncio.timeout(30):
+        while not is_bound(port):  # noqa: ASYNC110 - bound once its signal handlers are set
+            await asyncio.sleep(0.02)
         router.process.send_signal(signal.SIGTERM)
         assert await router.exit() == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from pathlib import Path
 
@@ -97,3 +98,23 @@ def test_a_folder_a_file_and_neither(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(ConfigError, match=r"Unable to load tokenizer .*tokenizer\.json"):
         RouterTokenizer.load(str(tmp_path), vocab_size=300, num_workers=1)
+
+
+def test_tokens_that_only_the_configuration_calls_special(tmp_path: Path) -> None:
+    byte_tokenizer(()).save(str(tmp_path / "tokenizer.json"))
+    config = {
+        "eos_token": {"content": "a", "lstrip": False},
+        "pad_token": "b",
+        "bos_token": None,
+        "unk_token": "no such token",
+        "additional_special_tokens": ["c", {"content": "d"}],
+        "model_max_length": 77,
+        "add_bos_token": True,
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"cls_token": "e"}))
+    loaded = RouterTokenizer.load(str(tmp_path), vocab_size=300, num_workers=1)
+    assert loaded.special_ids == {loaded.tokenizer.token_to_id(token) for token in "abcde"}
+    assert loaded.model_max_length == 77
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    assert RouterTokenizer.load(str(tmp_path), vocab_size=300, num_workers=1).model_max_length is None

@@ -44,9 +44,9 @@ def test_floats_are_rounded_to_what_the_shards_compute_with() -> None:
 
 def test_the_rest_is_passed_on() -> None:
     checked = check_parameters(
-        request(stop=("a",), top_n_tokens=2, decoder_input_details=True, seed=5, truncate=3, best_of=0), limits()
+        request(stop=("a",), top_n_tokens=2, decoder_input_details=True, seed=5, truncate=3), limits()
     )
-    assert (checked.seed, checked.best_of) == (5, 1)
+    assert checked.seed == 5
     valid = build_request(checked, [1, 2, 3, 4], limits(), seed=9, traceparent="t")
     assert (valid.input_ids, valid.sampling.seed, valid.traceparent) == ([2, 3, 4], 9, "t")
     assert (valid.stop_sequences, valid.top_n_tokens, valid.decoder_input_details) == (("a",), 2, True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -70,8 +69,13 @@ class Endpoint:
                 if self._drain.begun:
                     raise ShuttingDown
                 receive = _BodyReceive(receive, self._drain)
-        with self._drain, suppress(ClientGone):  # nobody is left to be answered
-            await row.handler(scope, receive, send)
+        with self._drain:
+            try:
+                await row.handler(scope, receive, send)
+            except ClientGone:  # nobody is left to be answered; one that only stopped reading would keep its connection
+                abort = scope.get("state", {}).get("abort")
+                if abort is not None:
+                    abort()
 
 
 class _BodyReceive:

@@ -26,6 +26,8 @@ MAX_STEPS_IN_FLIGHT = 2
 
 _RECOVERY_PAUSE_S = 0.2
 
+NOT_CONNECTED = "Could not connect to Text Generation server: no shard answers"
+
 
 @dataclass(frozen=True, slots=True)
 class _SentStep:
@@ -52,7 +54,7 @@ class Batcher:
         self._sent: dict[int, _SentStep] = {}
         self._results: deque[StepResult] = deque()
         self._failure: str | None = None
-        self._unreachable: str | None = None
+        self._unreachable = False
         self._closed = False
         self._wake = asyncio.Event()
         shards.on_result = self._on_result
@@ -76,8 +78,8 @@ class Batcher:
         """
         if self._closed:
             raise ShuttingDown
-        if self._unreachable is not None:
-            raise GenerationFailed(f"Could not connect to Text Generation server: {self._unreachable}")
+        if self._unreachable:
+            raise GenerationFailed(NOT_CONNECTED)
         self._answers[queued] = start_answer(queued, self._detokenizer, self._shards.info.eos_token_ids)
         self._scheduler.waiting.append(queued)
         self._metrics.queue_size.set(len(self._scheduler.waiting))
@@ -93,24 +95,29 @@ class Batcher:
     async def run(self) -> None:
         """Serve until cancelled. Fails what is left of the requests when it ends."""
         try:
-            await self._recover()
-            while True:
-                while self._results:
-                    self._apply(self._results.popleft())
-                if self._failure is not None:
-                    await self._recover()
-                await self._dispatch()
-                if not self._results and self._failure is None:
-                    await self._wake.wait()
-                self._wake.clear()
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._shards.watch(), name="watching the shards")
+                await self._serve()
         finally:
             self._closed = True
             self._scheduler.abandon_epoch()
             self._scheduler.waiting.clear()
             self._fail(list(self._answers), ShuttingDown())
 
+    async def _serve(self) -> None:
+        await self._recover()
+        while True:
+            self._apply_results()
+            if self._failure is not None:
+                await self._recover()
+            await self._dispatch()
+            if not self._results and self._failure is None:
+                await self._wake.wait()
+            self._wake.clear()
+
     async def _dispatch(self) -> None:
         while self._failure is None and self._shards.num_in_flight < MAX_STEPS_IN_FLIGHT:
+            self._apply_results()  # what came while the last step was sent: it may have ended sequences
             plan = self._scheduler.plan(num_in_flight=self._shards.num_in_flight)
             if plan is None:
                 return
@@ -120,7 +127,8 @@ class Batcher:
                     sequence.queued.started_at = now
             self._count_dispatch(plan)
             step_id = await self._shards.send(step_request(plan, prefill_logprobs=self._shards.info.prefill_logprobs))
-            self._sent[step_id] = _SentStep(now, "prefill" if plan.chunks else "decode")
+            if plan.chunks or plan.decodes:
+                self._sent[step_id] = _SentStep(now, "prefill" if plan.chunks else "decode")
 
     def _on_result(self, result: StepResult) -> None:
         self._results.append(result)
@@ -129,6 +137,10 @@ class Batcher:
     def _on_failure(self, message: str) -> None:
         self._failure = message
         self._wake.set()
+
+    def _apply_results(self) -> None:
+        while self._results:
+            self._apply(self._results.popleft())
 
     def _apply(self, result: StepResult) -> None:
         """Hand out the tokens of a step; those of sequences that have ended meanwhile are discarded."""
@@ -156,6 +168,7 @@ class Batcher:
             answer.add_prefill(generation.prefill.first_position, generation.prefill.logprobs)
         if not generation.token_ids:
             return
+        self._metrics.request_skipped_tokens.observe(len(generation.token_ids) - 1)
         if not queued.output_ids and answer.prefill_logprobs:
             queued.stream.put(answer.prefill_event())
         logprobs, tops = generation.logprobs, generation.top_tokens
@@ -196,14 +209,14 @@ class Batcher:
             try:
                 await self._shards.reset()
             except ShardUnreachable as error:
-                logger.warning("The shards do not answer: %s", error)
-                self._unreachable = str(error)
+                if not self._unreachable:
+                    logger.warning("The shards do not answer: %s", error)
+                self._unreachable = True
                 self._scheduler.waiting.clear()
-                gone = GenerationFailed(f"Could not connect to Text Generation server: {error}")
-                self._fail(list(self._answers), gone)
+                self._fail(list(self._answers), GenerationFailed(NOT_CONNECTED))
                 await asyncio.sleep(_RECOVERY_PAUSE_S)
             else:
-                self._unreachable = None
+                self._unreachable = False
                 return
 
     def _fail(self, requests: Iterable[QueuedRequest], error: RouterError) -> None:
@@ -214,12 +227,13 @@ class Batcher:
 
     def _count_dispatch(self, plan: StepPlan) -> None:
         metrics = self._metrics
+        metrics.preemption_count.inc(plan.num_preempted)
         if plan.chunks:
             metrics.batch_inference_count.inc(method="prefill")
             if plan.new_sequences:
                 metrics.batch_next_size.observe(len(plan.new_sequences))
                 if len(self._scheduler.running) > len(plan.new_sequences):
-                    metrics.batch_concat.inc(reason="chunking")
+                    metrics.batch_concat.inc(reason=plan.concat_reason)
                 self._show_state()
         elif plan.decodes:
             metrics.batch_inference_count.inc(method="decode")

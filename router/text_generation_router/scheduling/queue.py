@@ -22,11 +22,18 @@ class AdmissionHold:
     waiting_served_ratio: float = TGI_WAITING_SERVED_RATIO
     max_waiting_tokens: int = TGI_MAX_WAITING_TOKENS
 
-    def holds(self, *, num_waiting: int, num_running: int, decodes_since_admission: int) -> bool:
-        """Whether the waiting requests stay outside for one more step."""
-        if num_running == 0 or decodes_since_admission >= self.max_waiting_tokens:
+    def holds(self, *, num_waiting: int, num_running: int, waiting_tokens: int) -> bool:
+        """Whether the waiting requests stay outside for one more step.
+
+        ``waiting_tokens`` is 1 at an admission and grows with every step of nothing but decode rows and old prompts.
+        """
+        if num_running == 0 or waiting_tokens >= self.max_waiting_tokens:
             return False
-        return num_waiting < int(num_running * self.waiting_served_ratio)
+        return num_waiting + 1 <= num_running * self.waiting_served_ratio
+
+    def reason(self, waiting_tokens: int) -> str:
+        """What opened the door, as TGI's metric calls it."""
+        return "wait_exceeded" if waiting_tokens >= self.max_waiting_tokens else "backpressure"
 
 
 def admission_hold(waiting_served_ratio: float | None, max_waiting_tokens: int | None) -> AdmissionHold | None:

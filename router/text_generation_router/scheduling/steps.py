@@ -55,6 +55,10 @@ class StepPlan:
     chunks: list[tuple[RunningSequence, int]] = field(default_factory=list)
     decodes: list[RunningSequence] = field(default_factory=list)
     additions: list[tuple[RunningSequence, list[int]]] = field(default_factory=list)
+    concat_reason: str = "chunking"
+    """Why newcomers may join now, as TGI's metric calls it."""
+    num_preempted: int = 0
+    """Running sequences that lost their blocks for this step; the shards see them as drops."""
 
     @property
     def is_empty(self) -> bool:
@@ -69,33 +73,29 @@ class StepScheduler:
         self.blocks = blocks
         self.waiting = WaitingQueue()
         self.running: dict[int, RunningSequence] = {}
-        self.num_preemptions = 0
         self._hold = hold
         self._drops: list[int] = []
         self._next_sequence_id = 1
-        self._decodes_since_admission = 0
+        self._waiting_tokens = 1
         self._blocks_ran_dry = False
 
     def plan(self, *, num_in_flight: int) -> StepPlan | None:
         """The next step, or None when there is nothing to compute before a result or a request arrives.
 
-        ``num_in_flight`` steps are sent and not acknowledged. A victim is chosen only when there are none: until
-        then nobody knows which sequences are about to end by themselves.
+        ``num_in_flight`` steps are sent and their results not applied. A victim is chosen only when there are none:
+        until then nobody knows which sequences are about to end by themselves.
         """
-        if self._blocks_ran_dry:
-            if num_in_flight:
-                return None
-            self._preempt_until_decodes_fit()
         plan = StepPlan(drops=self._drops)
+        if num_in_flight == 0:
+            self._preempt_until_decodes_fit(plan)
+        elif self._blocks_ran_dry:
+            return None
         self._add_decodes(plan)
-        if self._blocks_ran_dry and num_in_flight == 0:
-            self._preempt_until_decodes_fit()
-            self._add_decodes(plan)
         self._add_chunks(plan)
         if plan.is_empty:
             return None
         self._drops = []
-        self._decodes_since_admission += 1
+        self._waiting_tokens += bool(plan.decodes and not plan.new_sequences)
         return plan
 
     def finish(self, sequence: RunningSequence) -> None:
@@ -135,9 +135,8 @@ class StepScheduler:
     def _add_decodes(self, plan: StepPlan) -> None:
         """Give every finished prompt a decode row, and a block where it outgrows its table."""
         self._blocks_ran_dry = False
-        planned = {sequence.sequence_id for sequence in plan.decodes}
         for sequence in self.running.values():
-            if not sequence.may_decode or sequence.sequence_id in planned:
+            if not sequence.may_decode:
                 continue
             missing = self.blocks.blocks_for(sequence.num_tokens_after_decode) - len(sequence.blocks)
             if missing > 0:
@@ -150,7 +149,7 @@ class StepScheduler:
             sequence.num_outputs_sent += 1
             plan.decodes.append(sequence)
 
-    def _preempt_until_decodes_fit(self) -> None:
+    def _preempt_until_decodes_fit(self, plan: StepPlan) -> None:
         """Take blocks from the newest sequences, never from the oldest, until every other one can go on."""
         while len(self.running) > 1:
             needed = sum(
@@ -163,7 +162,7 @@ class StepScheduler:
             victim = next(reversed(self.running.values()))
             self.finish(victim)
             self.waiting.put_back(victim.queued)
-            self.num_preemptions += 1
+            plan.num_preempted += 1
         self._blocks_ran_dry = False
 
     def _add_chunks(self, plan: StepPlan) -> None:
@@ -174,6 +173,10 @@ class StepScheduler:
             if size:
                 self._add_chunk(plan, sequence, size)
                 budget -= size
+        if self._hold is not None:
+            if self._is_held_back(self._hold):
+                return
+            plan.concat_reason = self._hold.reason(self._waiting_tokens)
         while budget > 0 and (newcomer := self._admit()) is not None:
             size = min(newcomer.num_unsent, budget)
             plan.new_sequences.append(newcomer)
@@ -186,18 +189,20 @@ class StepScheduler:
         if sequence.num_unsent == 0:
             sequence.num_outputs_sent += 1
 
+    def _is_held_back(self, hold: AdmissionHold) -> bool:
+        """Whether all that wait stay outside in this step. Asked once a step: an open door is open for all that fit."""
+        return hold.holds(
+            num_waiting=len(self.waiting),
+            num_running=len(self.running),
+            waiting_tokens=self._waiting_tokens,
+        )
+
     def _admit(self) -> RunningSequence | None:
         """Start the first waiting request if it fits; a later, smaller one never overtakes it: it would starve."""
         queued = self.waiting.first()
         if queued is None or self._blocks_ran_dry:
             return None
         if self.limits.max_batch_size is not None and len(self.running) >= self.limits.max_batch_size:
-            return None
-        if self._hold is not None and self._hold.holds(
-            num_waiting=len(self.waiting),
-            num_running=len(self.running),
-            decodes_since_admission=self._decodes_since_admission,
-        ):
             return None
         needed = self.blocks.blocks_for(queued.num_tokens)
         # Leave every running sequence its next block, else the newcomer is the next victim.
@@ -215,6 +220,6 @@ class StepScheduler:
             num_outputs_sent=len(queued.output_ids),
         )
         self._next_sequence_id += 1
-        self._decodes_since_admission = 0
+        self._waiting_tokens = 1
         self.running[sequence.sequence_id] = sequence
         return sequence

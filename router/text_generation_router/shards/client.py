@@ -47,6 +47,14 @@ class ShardClient:
         response: pb.WarmupResponse = await self._stub.Warmup(request, timeout=timeout_s)
         return response
 
+    async def progress_age_s(self, timeout_s: float) -> float | None:
+        """Seconds since the last sign of progress of the step that runs, 0 when none runs; None without an answer."""
+        try:
+            response: pb.HealthResponse = await self._stub.Health(pb.HealthRequest(), timeout=timeout_s)
+        except grpc.aio.AioRpcError:
+            return None
+        return response.last_progress_ns / 1e9
+
     async def clear_cache(self, epoch: int, timeout_s: float) -> None:
         await self._stub.ClearCache(pb.ClearCacheRequest(epoch=epoch), timeout=timeout_s, wait_for_ready=True)
 
@@ -67,6 +75,9 @@ class ShardClient:
             on_end("the shard closed its step stream")
         except grpc.aio.AioRpcError as error:
             on_end(error.details() or str(error.code()))
+        except Exception as error:  # else nobody would read any more, and nobody would know
+            logger.exception("A result of %s cannot be read", self.url)
+            on_end(f"{type(error).__name__}: {error}")
 
     async def send(self, step: pb.StepRequest) -> None:
         """Send the next step. Raises: grpc.aio.AioRpcError, asyncio.InvalidStateError when the stream has ended."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import grpc
 import grpc.aio
@@ -28,19 +29,33 @@ logger = logging.getLogger(__name__)
 _UNARY_TIMEOUT_S = 60.0
 _RESET_TIMEOUT_S = 5.0
 """A shard takes a reset behind the step it is in; when that takes longer, the reset is tried again."""
-STEP_LIMIT_S = 120.0
-"""A step that takes longer counts as hung: the shards are not ready."""
+_HEALTH_TIMEOUT_S = 5.0
+_WATCH_EVERY_S = 1.0
+STALL_LIMIT_S = 60.0
+STALL_LIMIT_PER_TOKEN_S = 0.01
+"""A shard reports progress after every layer. One that reports none for so long, in a step of so many tokens, hangs:
+a layer takes far less, and a first step that compiles kernels takes less as well."""
+
+LOST = "a shard was lost"
+HANGS = "a shard hangs"
 
 
 class ShardUnreachable(Exception):
-    """A shard does not answer; the text is gRPC's."""
+    """A shard does not answer; the text is gRPC's, for the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class _SentStep:
+    sent_at: float
+    num_tokens: int
 
 
 class ShardGroup:
     """The rank group of one launch.
 
     Results come by ``on_result`` in step order, once all ranks have acknowledged the step. ``on_failure`` says that
-    a rank refused a step, or cannot be reached any more, after which nothing comes until ``reset``.
+    a rank refused a step, hangs, or cannot be reached any more, after which nothing comes until ``reset``; its text is
+    fit for clients.
     """
 
     def __init__(self, clients: list[ShardClient], info: ShardInfo) -> None:
@@ -50,21 +65,39 @@ class ShardGroup:
         self.on_failure: Callable[[str], None] = lambda message: None
         self._clients = clients
         self._step_id = 0
-        self._sent_at: dict[int, float] = {}
+        self._sent: dict[int, _SentStep] = {}
+        self._acknowledged_at = 0.0
+        self._in_flight = asyncio.Event()
         self._acknowledged: dict[int, int] = {}
         self._results: dict[int, pb.StepResult] = {}
         self._failed = True
 
     @property
     def num_in_flight(self) -> int:
-        return len(self._sent_at)
+        return len(self._sent)
 
     def ready(self) -> bool:
-        """Whether the shards take steps and finish them in time. Answers at once, from what is known."""
-        if self._failed:
-            return False
-        oldest = next(iter(self._sent_at.values()), None)
-        return oldest is None or time.monotonic() - oldest < STEP_LIMIT_S
+        """Whether the shards take steps and make progress. Answers at once, from what is known."""
+        return not self._failed
+
+    async def watch(self) -> None:
+        """Find shards that hang, which end no step and break no connection. Runs until cancelled."""
+        while True:
+            await self._in_flight.wait()
+            await asyncio.sleep(_WATCH_EVERY_S)
+            oldest = next(iter(self._sent.values()), None)
+            if oldest is None:
+                self._in_flight.clear()
+                continue
+            limit_s = STALL_LIMIT_S + STALL_LIMIT_PER_TOKEN_S * oldest.num_tokens
+            # A step runs when the one before it has ended.
+            if time.monotonic() - max(oldest.sent_at, self._acknowledged_at) < limit_s:
+                continue
+            epoch = self.epoch
+            ages_s = await asyncio.gather(*(client.progress_age_s(_HEALTH_TIMEOUT_S) for client in self._clients))
+            hangs = any(age is None or age > limit_s for age in ages_s) or not any(ages_s)
+            if hangs and epoch == self.epoch and oldest in self._sent.values():
+                self._fail(HANGS, f"no progress for {limit_s:.0f} s in a step of {oldest.num_tokens} tokens: {ages_s}")
 
     async def warmup(self, limits: WarmupLimits) -> KVCacheSize:
         """Size the KV cache on all ranks; the smallest answer counts. Raises: ConfigError with the shard's reason."""
@@ -83,7 +116,7 @@ class ShardGroup:
         self._failed = True
         self.epoch += 1
         self._step_id = 0
-        self._sent_at.clear()
+        self._sent.clear()
         self._acknowledged.clear()
         self._results.clear()
         await asyncio.gather(*(client.close_steps() for client in self._clients))
@@ -92,19 +125,21 @@ class ShardGroup:
         except grpc.aio.AioRpcError as error:
             raise ShardUnreachable(error.details() or str(error.code())) from error
         for client in self._clients:
-            await client.open_steps(self._take, self._fail)
+            await client.open_steps(self._take, self._lose)
         self._failed = False
 
     async def send(self, step: pb.StepRequest) -> int:
         """Number a step, send it to every rank and return the number. A rank that is gone is an ``on_failure``."""
         self._step_id += 1
         step.epoch, step.step_id = self.epoch, self._step_id
-        self._sent_at[step.step_id] = time.monotonic()
+        num_tokens = sum(chunk.num_tokens for chunk in step.prefill.chunks) + len(step.decode.sequence_ids)
+        self._sent[step.step_id] = _SentStep(time.monotonic(), num_tokens)
+        self._in_flight.set()
         try:
             for client in self._clients:
                 await client.send(step)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            self._fail(str(error))
+            self._lose(str(error))
         return step.step_id
 
     async def close(self) -> None:
@@ -115,7 +150,7 @@ class ShardGroup:
         if self._failed or result.epoch != self.epoch:
             return
         if result.HasField("failure"):
-            self._fail(result.failure.message)
+            self._fail(result.failure.message, "it refused a step")
             return
         step_id = result.step_id
         count = self._acknowledged.get(step_id, 0) + 1
@@ -127,13 +162,18 @@ class ShardGroup:
             self._acknowledged[step_id] = count
             return
         self._acknowledged.pop(step_id, None)
-        self._sent_at.pop(step_id, None)
-        self.on_result(step_result(self._results.pop(step_id)))
+        converted = step_result(self._results.pop(step_id))
+        self._acknowledged_at = time.monotonic()
+        self._sent.pop(step_id, None)
+        self.on_result(converted)
 
-    def _fail(self, message: str) -> None:
+    def _lose(self, details: str) -> None:
+        self._fail(LOST, details)
+
+    def _fail(self, message: str, details: str) -> None:
         if not self._failed:
             self._failed = True
-            logger.error("A shard failed: %s", message)
+            logger.error("A shard failed: %s (%s)", message, details)
             self.on_failure(message)
 
 

@@ -26,7 +26,7 @@ def test_a_flag_that_was_not_given_takes_the_default_beside_one_that_was() -> No
 )
 def test_hold(num_waiting: int, num_running: int, decodes: int, held: bool) -> None:
     hold = AdmissionHold(waiting_served_ratio=0.5, max_waiting_tokens=10)
-    assert hold.holds(num_waiting=num_waiting, num_running=num_running, decodes_since_admission=decodes) is held
+    assert hold.holds(num_waiting=num_waiting, num_running=num_running, waiting_tokens=decodes) is held
 
 
 def test_a_preempted_request_comes_back_at_the_front() -> None:

@@ -93,6 +93,18 @@ def test_a_hold_keeps_requests_waiting_until_long_enough() -> None:
     assert [len(plan(steps).new_sequences) for _ in range(3)] == [0, 0, 1]
 
 
+def test_a_hold_that_ends_lets_in_all_that_fit() -> None:
+    steps = scheduler(hold=AdmissionHold(waiting_served_ratio=2.0, max_waiting_tokens=3))
+    steps.waiting.append(queued(2, max_new_tokens=99))
+    plan(steps)
+    for _ in range(5):  # more than twice what runs
+        steps.waiting.append(queued(2, max_new_tokens=99))
+    assert len(plan(steps).new_sequences) == 5
+    for _ in range(3):
+        steps.waiting.append(queued(2))
+    assert [len(plan(steps).new_sequences) for _ in range(3)] == [0, 0, 3]
+
+
 def test_what_a_finished_sequence_owned_is_free_and_the_shards_drop_it() -> None:
     steps = scheduler()
     steps.waiting.append(queued(9))
@@ -123,9 +135,9 @@ def test_dry_blocks_preempt_the_newest_only_once_nothing_is_in_flight() -> None:
     steps.waiting.append(new)
     while steps.plan(num_in_flight=1) is not None:
         pass
-    assert steps.num_preemptions == 0
+    assert list(steps.running.values())[-1].queued is new
     step = plan(steps, num_in_flight=0)
-    assert steps.num_preemptions == 1
+    assert step.num_preempted == 1
     assert [sequence.queued for sequence in steps.running.values()] == [old]
     assert len(step.drops) == 1
     assert list(steps.waiting) == [new]
@@ -177,6 +189,7 @@ class ObedientShard:
     prefill=st.integers(1, 40),
     batch_size=st.none() | st.integers(1, 4),
     cancels=st.sets(st.integers(0, 11), max_size=3),
+    results_at_once=st.lists(st.integers(1, 2), min_size=1, max_size=7),
 )
 def test_every_request_gets_exactly_its_tokens(
     requests: list[tuple[int, int, int]],
@@ -184,6 +197,7 @@ def test_every_request_gets_exactly_its_tokens(
     prefill: int,
     batch_size: int | None,
     cancels: set[int],
+    results_at_once: list[int],
 ) -> None:
     steps = scheduler(num_blocks=num_blocks, block_size=4, prefill=prefill, batch_size=batch_size)
     shard = ObedientShard(steps)
@@ -207,15 +221,15 @@ def test_every_request_gets_exactly_its_tokens(
         for sequence in steps.running.values():
             held = len(sequence.blocks) * 4
             assert shard.computed.get(sequence.sequence_id, 0) <= held, "no token without a slot"
-        if in_flight and (step is None or len(in_flight) == 2):
-            for sequence_id in in_flight.popleft():
-                running = steps.running.get(sequence_id)
-                if running is None:
-                    continue
-                running.queued.output_ids.append(7)
-                assert len(running.queued.output_ids) <= running.queued.request.max_new_tokens
-                if len(running.queued.output_ids) == running.queued.request.max_new_tokens:
-                    steps.finish(running)
+        arrived = results_at_once[now % len(results_at_once)] if step is None or len(in_flight) == 2 else 0
+        for sequence_id in [i for _ in range(min(arrived, len(in_flight))) for i in in_flight.popleft()]:
+            running = steps.running.get(sequence_id)
+            if running is None:
+                continue
+            running.queued.output_ids.append(7)
+            assert len(running.queued.output_ids) <= running.queued.request.max_new_tokens
+            if len(running.queued.output_ids) == running.queued.request.max_new_tokens:
+                steps.finish(running)
         if not (arrivals or steps.running or len(steps.waiting) or in_flight):
             break
     for request in everyone:

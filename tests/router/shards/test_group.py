@@ -84,3 +84,56 @@ async def test_a_shard_that_goes_away_is_a_failure(tmp_path: Path, monkeypatch: 
     with pytest.raises(ShardUnreachable):
         await group.reset()
     await group.close()
+
+
+@pytest.mark.parametrize(
+    ("ages_s", "hangs"),
+    [
+        pytest.param((0.1, 0.1), False, id="a long step that goes on is no hang"),
+        pytest.param((0.1, 0.0), False, id="one rank has ended the step"),
+        pytest.param((0.1, 9.0), True, id="one rank stands still"),
+        pytest.param((0.0, 0.0), True, id="the step never began"),
+    ],
+)
+async def test_shards_that_hang_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ages_s: tuple[float, float], hangs: bool
+) -> None:
+    monkeypatch.setattr("text_generation_router.shards.group.STALL_LIMIT_S", 0.5)
+    monkeypatch.setattr("text_generation_router.shards.group._WATCH_EVERY_S", 0.02)
+    gate = asyncio.Event()
+    shards = [FakeShard(progress_age_s=age, gate=gate) for age in ages_s]
+    async with serve_fake_shards(tmp_path, *shards) as path:
+        group = await connect(path, "nonce", timeout_s=5)
+        outcomes: asyncio.Queue[StepResult | str] = asyncio.Queue()
+        group.on_failure = outcomes.put_nowait
+        group.on_result = outcomes.put_nowait
+        await group.reset()
+        watching = asyncio.create_task(group.watch())
+        await group.send(pb.StepRequest())
+        if not hangs:
+            await asyncio.sleep(1)
+            assert outcomes.empty()
+            gate.set()
+        outcome = await asyncio.wait_for(outcomes.get(), 10)
+        assert (outcome == "a shard hangs") is hangs
+        assert group.ready() is not hangs
+        gate.set()
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        await group.close()
+
+
+async def test_a_result_that_cannot_be_read_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(result: pb.StepResult) -> StepResult:
+        raise ValueError("made up")
+
+    monkeypatch.setattr("text_generation_router.shards.group.step_result", unreadable)
+    async with serve_fake_shards(tmp_path, FakeShard()) as path:
+        group = await connect(path, "nonce", timeout_s=5)
+        failures: asyncio.Queue[str] = asyncio.Queue()
+        group.on_failure = failures.put_nowait
+        await group.reset()
+        await group.send(pb.StepRequest())
+        assert await asyncio.wait_for(failures.get(), 10) == "a shard was lost"
+        assert not group.ready()
+        await group.close()

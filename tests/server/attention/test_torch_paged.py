@@ -177,17 +177,21 @@ def test_decode_rows_that_hold_much_are_gathered_in_parts(gathered_bytes: int, m
     check(PLAIN, [*DECODE_MANY, *DECODE_MANY])
 
 
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_short_floats(dtype: torch.dtype) -> None:
-    check(PLAIN, MIXED, dtype=dtype)
+def test_short_floats(dtype: torch.dtype, layer: LayerSpec, rows: list[tuple[int, int]]) -> None:
+    check(layer, rows, dtype=dtype)
+    check(layer, rows, dtype=dtype, softcap=1.5)
 
 
 def test_decode_rows_of_very_unlike_length_are_grouped_apart() -> None:
     check(PLAIN, [(5000 if row == 3 else row + 1, 1) for row in range(6)])
 
 
-def test_a_chunk_longer_than_the_query_block() -> None:
-    check(dataclasses.replace(PLAIN, window=40), [(30, 560)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chunk_longer_than_the_query_block(dtype: torch.dtype) -> None:
+    check(dataclasses.replace(PLAIN, window=40), [(30, 560)], dtype=dtype)
 
 
 def test_an_idle_cache_costs_nothing_and_starts_at_zero() -> None:

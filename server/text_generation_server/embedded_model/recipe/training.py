@@ -1,6 +1,10 @@
 """Trains the model: Llama architecture, bf16 weights with float32 masters, loss on the answers alone.
 
-Shapes: B rows of a batch, T tokens of the longest row, N answer tokens of a batch.
+Rows of like length are padded into batches, and all batches of a step go through the model as one sequence: its linear
+layers are far faster so, and attention takes the sequence apart again.
+
+Shapes: B rows of a batch, T tokens of the longest row, P positions of the sequence, N answer tokens of it; H query
+heads, G key-value heads, R query heads to each of those, D values of a head or of a hidden state.
 """
 
 import random
@@ -15,7 +19,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from text_generation_server.embedded_model.recipe.corpus import EXAMPLES_PER_STEP, held_out, stream
 from text_generation_server.embedded_model.recipe.example import Example
@@ -28,7 +32,9 @@ END_IDS = (2, 0)
 TURN_ID = 1
 """`<|im_start|>`."""
 
-TOKENS_PER_PASS = 8192
+SHORTEST_IN_BATCH = 0.8
+"""Of its longest row."""
+
 AVERAGE_DECAY = 0.97
 WARM_UP = 0.02
 DECAY_FROM = 0.4
@@ -61,7 +67,7 @@ def new_model(seed: int) -> LlamaForCausalLM:
     """An untrained model in bf16."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        attn_implementation="eager",  # on CPU, the backward pass of the fused one takes longer than all the rest
+        attn_implementation=ATTENTION,
         vocab_size=VOCAB_SIZE,
         hidden_size=256,
         intermediate_size=704,
@@ -83,7 +89,7 @@ def new_model(seed: int) -> LlamaForCausalLM:
 
 def load_model(folder: Path) -> LlamaForCausalLM:
     """A model that was trained before, to be trained on."""
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation=ATTENTION)
 
 
 def encode(tokenizer: Tokenizer, examples: list[Example], rng: random.Random) -> list[Row]:
@@ -98,40 +104,125 @@ def encode(tokenizer: Tokenizer, examples: list[Example], rng: random.Random) ->
     return rows
 
 
-def batches(rows: list[Row]) -> Iterator[list[Row]]:
-    """Rows of like length together, at most `TOKENS_PER_PASS` tokens of rows and padding in each batch."""
-    batch: list[Row] = []
+def batches(rows: list[Row]) -> list[list[Row]]:
+    """Rows of like length together."""
+    found: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: -len(row.ids)):
-        longest = len(batch[0].ids) if batch else len(row.ids)
-        if (len(batch) + 1) * longest > TOKENS_PER_PASS or len(row.ids) < 0.7 * longest:
-            yield batch
-            batch = []
-        batch.append(row)
-    yield batch
+        if not found or len(row.ids) < SHORTEST_IN_BATCH * len(found[-1][0].ids):
+            found.append([])
+        found[-1].append(row)
+    return found
 
 
-def loss_of(model: LlamaForCausalLM, rows: list[Row], rng: random.Random) -> Tensor:
-    """Cross entropy summed over the rows, each answer token weighted by the inverse root of its answer's length."""
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """Batches behind one another, each `B * T` positions; rows are padded on the right, where no row looks."""
+
+    shapes: list[tuple[int, int]]
+    """B and T of each batch."""
+
+    ids_P: Tensor
+    positions_P: Tensor
+    answers_N: Tensor
+    """Where in the sequence the answer tokens are."""
+
+    rows_N: Tensor
+    """The row of each answer token, counted over all batches."""
+
+    weights_N: Tensor
+    """The inverse root of the length of each one's answer."""
+
+
+def packed(rows: list[Row], rng: random.Random | None) -> Sequence:
+    """The rows as a sequence. With `rng`, every fourth row's positions jump before one of its turns.
+
+    So the model learns far turns at the price of short prompts. Source: PoSE, Zhu et al. 2023.
+    """
+    shapes, ids, positions, answers, numbers, weights = [], [], [], [], [], []
+    begin = number = 0
+    for batch in batches(rows):
+        longest = len(batch[0].ids)
+        shapes.append((len(batch), longest))
+        for row in batch:
+            end = len(row.ids)
+            ids.append(torch.tensor(row.ids + [0] * (longest - end)))
+            positions.append(torch.arange(longest))
+            if rng is not None and rng.random() < 0.25:
+                turns = [at for at in range(row.start) if row.ids[at] == TURN_ID] or [1]
+                positions[-1][rng.choice(turns) :] += rng.randrange(max(1, MAX_POSITIONS - end))
+            answers.append(torch.arange(begin + row.start, begin + end))
+            numbers.append(torch.full((end - row.start,), number))
+            weights.append(torch.full((end - row.start,), (end - row.start) ** -0.5))
+            begin += longest
+            number += 1
+    return Sequence(
+        shapes, torch.cat(ids), torch.cat(positions), torch.cat(answers), torch.cat(numbers), torch.cat(weights)
+    )
+
+
+def answer_logits(model: LlamaForCausalLM, sequence: Sequence) -> Tensor:
+    """The logits that predict the answer tokens, `[N, vocabulary]`."""
     device = model.device
-    ids_BT, mask_BT, weights_BT = _pad(rows)
-    hidden_BTD = _hidden(model, ids_BT[:, :-1].to(device), _positions(rows, rng)[:, :-1].to(device))
-    chosen_BT = mask_BT[:, 1:].to(device)
-    logits_NV = model.lm_head(hidden_BTD[chosen_BT])
-    losses_N = functional.cross_entropy(logits_NV.float(), ids_BT[:, 1:].to(device)[chosen_BT], reduction="none")
-    return (losses_N * weights_BT[:, 1:].to(device)[chosen_BT]).sum()
+    hidden_PD: Tensor = model.model(
+        input_ids=sequence.ids_P[None].to(device),
+        position_ids=sequence.positions_P[None].to(device),
+        # Ones: without a mask, transformers would take the jumps in the positions for the borders of packed texts
+        attention_mask=torch.ones(1, len(sequence.ids_P), dtype=torch.long, device=device),
+        use_cache=False,
+        batch_shapes=sequence.shapes,
+    ).last_hidden_state[0]
+    logits: Tensor = model.lm_head(hidden_PD[(sequence.answers_N - 1).to(device)])
+    return logits
+
+
+def loss_of(model: LlamaForCausalLM, sequence: Sequence) -> Tensor:
+    """Cross entropy summed over the rows, each answer token weighted by the inverse root of its answer's length."""
+    labels_N = sequence.ids_P[sequence.answers_N].to(model.device)
+    losses_N = functional.cross_entropy(answer_logits(model, sequence).float(), labels_N, reduction="none")
+    return (losses_N * sequence.weights_N.to(model.device)).sum()
 
 
 @torch.inference_mode()
 def exact_matches(model: LlamaForCausalLM, rows: list[Row]) -> float:
     """Part of the rows whose whole answer greedy decoding would write, end token included."""
-    right = 0
-    for batch in batches(rows):
-        ids_BT, mask_BT, _ = _pad(batch)
-        plain = torch.arange(ids_BT.shape[1]).expand_as(ids_BT)
-        hidden_BTD = _hidden(model, ids_BT[:, :-1].to(model.device), plain[:, :-1].to(model.device))
-        best_BT = model.lm_head(hidden_BTD).argmax(-1).cpu()
-        right += int(((best_BT == ids_BT[:, 1:]) | ~mask_BT[:, 1:]).all(-1).sum())
-    return right / len(rows)
+    sequence = packed(rows, None)
+    wrong_N = answer_logits(model, sequence).argmax(-1).cpu() != sequence.ids_P[sequence.answers_N]
+    return 1 - len(sequence.rows_N[wrong_N].unique()) / len(rows)
+
+
+def batchwise_attention(
+    module: nn.Module,
+    query_1HPD: Tensor,
+    key_1GPD: Tensor,
+    value_1GPD: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    batch_shapes: list[tuple[int, int]],
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Causal attention within each row of the sequence's batches: `[1, P, H, D]`, as transformers wants it.
+
+    Written out, for on a CPU the backward pass of the fused one takes longer than all the rest.
+    """
+    heads, groups, width = query_1HPD.shape[1], key_1GPD.shape[1], query_1HPD.shape[-1]
+    sizes = [b * t for b, t in batch_shapes]
+    parts = (tensor[0].split(sizes, dim=1) for tensor in (query_1HPD, key_1GPD, value_1GPD))
+    outputs = []
+    for (b, t), query, key, value in zip(batch_shapes, *parts, strict=True):
+        query_BGRTD = query.view(groups, heads // groups, b, t, width).permute(2, 0, 1, 3, 4)
+        key_BGDT = key.view(groups, b, t, width).permute(1, 0, 3, 2)
+        value_BGTD = value.view(groups, b, t, width).permute(1, 0, 2, 3)
+        scores = query_BGRTD.reshape(b, groups, -1, width) @ key_BGDT
+        future_TT = torch.ones(t, t, dtype=torch.bool, device=scores.device).triu(1).repeat(heads // groups, 1)
+        shares = (scores * scaling).masked_fill(future_TT, -torch.inf).softmax(-1, dtype=torch.float32)
+        output_BGRTD = (shares.to(value.dtype) @ value_BGTD).view(b, groups, heads // groups, t, width)
+        outputs.append(output_BGRTD.permute(0, 3, 1, 2, 4).reshape(b * t, heads, width))
+    return torch.cat(outputs)[None], None
+
+
+ATTENTION = "batchwise"
+AttentionInterface.register(ATTENTION, batchwise_attention)
 
 
 class Trainer:
@@ -156,11 +247,8 @@ class Trainer:
 
     def step(self, rows: list[Row], rng: random.Random, rate: float) -> float:
         """One update at `rate` times the learning rate; the mean loss of the rows."""
-        total = 0.0
-        for batch in batches(rows):
-            loss = loss_of(self.model, batch, rng) / len(rows)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
+        loss = loss_of(self.model, packed(rows, rng)) / len(rows)
+        loss.backward()  # type: ignore[no-untyped-call]
         for master, parameter in zip(self._masters, self._parameters, strict=True):
             assert parameter.grad is not None
             master.grad = parameter.grad.float()
@@ -174,7 +262,7 @@ class Trainer:
             parameter.data.copy_(master.data)
         for average, master in zip(self._averages, self._masters, strict=True):
             average.lerp_(master.detach(), 1 - AVERAGE_DECAY)
-        return total
+        return loss.item()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -226,40 +314,3 @@ def quick_scores(model: LlamaForCausalLM, tokenizer: Tokenizer, names: list[str]
     """Exact matches on the evaluation sets, from one forward pass each: a lower bound of the real score."""
     rng = random.Random(0)
     return {name: exact_matches(model, encode(tokenizer, held_out(name, count), rng)) for name in names}
-
-
-def _hidden(model: LlamaForCausalLM, ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
-    # All ones: the padding is on the right, where causal attention never looks. Without a mask, transformers would take
-    # the jumps in the positions for the borders of packed texts.
-    mask_BT = torch.ones_like(ids_BT)
-    hidden_BTD: Tensor = model.model(
-        input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False
-    ).last_hidden_state
-    return hidden_BTD
-
-
-def _pad(rows: list[Row]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, the mask of answer tokens and their weights, each `[B, T]`."""
-    longest = max(len(row.ids) for row in rows)
-    ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask_BT = torch.zeros(len(rows), longest, dtype=torch.bool)
-    weights_BT = torch.zeros(len(rows), longest)
-    for i, row in enumerate(rows):
-        end = len(row.ids)
-        ids_BT[i, :end] = torch.tensor(row.ids)
-        mask_BT[i, row.start : end] = True
-        weights_BT[i, row.start : end] = (end - row.start) ** -0.5
-    return ids_BT, mask_BT, weights_BT
-
-
-def _positions(rows: list[Row], rng: random.Random) -> Tensor:
-    """Positions with a jump before some turn of every fourth prompt: far turns at the price of short prompts.
-
-    Source: PoSE, Zhu et al. 2023.
-    """
-    positions_BT = torch.arange(max(len(row.ids) for row in rows)).repeat(len(rows), 1)
-    for i, row in enumerate(rows):
-        turns = [at for at in range(row.start) if row.ids[at] == TURN_ID] or [1]
-        if rng.random() < 0.25:
-            positions_BT[i, rng.choice(turns) :] += rng.randrange(max(1, MAX_POSITIONS - len(row.ids)))
-    return positions_BT
