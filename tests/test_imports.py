@@ -74,7 +74,7 @@ def below(package: str, folder: str, module: str) -> set[str]:
         ("text_generation_router", "scheduling", "app"),
         ("text_generation_router", "shards", "api"),
         ("text_generation_router", "shards", "inference"),
-        ("text_generation_router", "shards", "scheduling.batcher"),
+        ("text_generation_router", "shards", "scheduling"),
         ("text_generation_router", "validation", "scheduling.batcher"),
         ("text_generation_server", "engine", "rpc"),
         ("text_generation_server", "generation", "engine.engine"),

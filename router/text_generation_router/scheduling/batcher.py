@@ -14,9 +14,10 @@ from text_generation_router.detokenizer import Detokenizer
 from text_generation_router.errors import GenerationFailed, InternalError, RouterError, ShuttingDown
 from text_generation_router.metrics import Metrics
 from text_generation_router.scheduling.answers import Answer, start_answer
+from text_generation_router.scheduling.messages import step_request
 from text_generation_router.scheduling.requests import QueuedRequest
 from text_generation_router.scheduling.steps import RunningSequence, StepPlan, StepScheduler
-from text_generation_router.shards.convert import Generation, StepResult, step_request
+from text_generation_router.shards.convert import Generation, StepResult
 from text_generation_router.shards.group import ShardGroup, ShardUnreachable
 
 logger = logging.getLogger(__name__)

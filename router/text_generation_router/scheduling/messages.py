@@ -1,0 +1,51 @@
+"""Step plans as the messages that the shards read."""
+
+from __future__ import annotations
+
+from text_generation_proto.v1 import generate_pb2 as pb
+
+from text_generation_router.scheduling.steps import RunningSequence, StepPlan
+
+
+def step_request(plan: StepPlan, *, prefill_logprobs: bool) -> pb.StepRequest:
+    """The message for one planned step, still without its number. ``prefill_logprobs``: the shards can report them."""
+    message = pb.StepRequest(drops=plan.drops)
+    if plan.chunks:
+        message.prefill.new_sequences.extend(
+            _new_sequence(sequence, prefill_logprobs=prefill_logprobs) for sequence in plan.new_sequences
+        )
+        message.prefill.chunks.extend(
+            pb.Chunk(sequence_id=sequence.sequence_id, num_tokens=size) for sequence, size in plan.chunks
+        )
+    if plan.decodes:
+        message.decode.sequence_ids.extend([sequence.sequence_id for sequence in plan.decodes])
+        message.decode.additions.extend(
+            pb.BlockAddition(sequence_id=sequence.sequence_id, blocks=blocks) for sequence, blocks in plan.additions
+        )
+    return message
+
+
+def _new_sequence(sequence: RunningSequence, *, prefill_logprobs: bool) -> pb.NewSequence:
+    request = sequence.queued.request
+    sampling = request.sampling
+    return pb.NewSequence(
+        sequence_id=sequence.sequence_id,
+        token_ids=sequence.token_ids,
+        num_prompt_tokens=len(request.input_ids),
+        blocks=sequence.blocks,
+        sampling=pb.SamplingParameters(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            typical_p=sampling.typical_p,
+            repetition_penalty=sampling.repetition_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            do_sample=sampling.do_sample,
+            seed=sampling.seed,
+            choice_index=sampling.choice_index,
+        ),
+        top_n_tokens=request.top_n_tokens,
+        # Once there is output, the prompt's logprobs have all been reported.
+        prefill_logprobs=prefill_logprobs and request.decoder_input_details and not sequence.queued.output_ids,
+        traceparent=request.traceparent,
+    )
