@@ -36,12 +36,8 @@ test: install clients
 test-slow: install clients
 	$(BIN)/python -m pytest -m slow
 
-check: install
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(MAKE) proto-check
-	$(MAKE) test
+# The gate, the quick ones first.
+check: lint types proto-check test
 
 fmt: install
 	$(BIN)/ruff format .

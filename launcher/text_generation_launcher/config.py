@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from text_generation_launcher.devices import Devices
-from text_generation_launcher.environment import FALSE, INVALID_HOSTNAME, is_ip
+from text_generation_launcher.environment import FALSE, INVALID_HOSTNAME, address
 from text_generation_launcher.errors import ArgumentValidation, NotEnoughCUDADevices
 from text_generation_launcher.flags import OTLP_SERVICE_NAME, Flags, Switch
 
 EMBEDDED = "embedded"
-DEFAULT_MASTER_PORT = 29500
 
 TGI_ATTENTION = frozenset({"paged", "flashdecoding", "flashdecoding-ipex", "flashinfer"})
 """TGI's back ends; ours have other names."""
@@ -37,6 +37,16 @@ REFUSED = {
 }
 """Flags that cannot be honoured yet, and the values that ask for nothing."""
 
+POSITIVE = (
+    "validation_workers",
+    "max_concurrent_requests",
+    "max_batch_size",
+    "max_batch_prefill_tokens",
+    "max_batch_total_tokens",
+    "master_port",
+)
+"""Flags for which 0 makes no sense."""
+
 
 class ModelSource(enum.Enum):
     EMBEDDED = "embedded"
@@ -54,7 +64,8 @@ class LauncherConfig:
     """An IP address."""
     max_input_tokens: int | None
     attention: str | None
-    master_port: int
+    master_port: int | None
+    """None where none was given; one shard alone needs none."""
     compute_type: str
     """Of the header x-compute-type: ``{num_shard}-{card}``."""
     warnings: tuple[str, ...] = ()
@@ -66,21 +77,11 @@ def resolve(flags: Flags, devices: Devices) -> LauncherConfig:
     Raises: LauncherError, with TGI's texts where TGI has one.
     """
     _refuse_what_is_not_built(flags)
+    # An empty variable means "not given" to the router: handed on, an empty key would open the server.
+    if flags.api_key is not None and not flags.api_key.strip():
+        raise ArgumentValidation("`api_key` must not be empty")
     max_input_tokens = _max_input_tokens(flags)
-    if flags.max_total_tokens is not None:
-        if max_input_tokens is not None and max_input_tokens >= flags.max_total_tokens:
-            raise ArgumentValidation(
-                f"`max_input_tokens`({max_input_tokens}) must be < `max_total_tokens`({flags.max_total_tokens})"
-            )
-        if flags.max_batch_total_tokens is not None and flags.max_total_tokens > flags.max_batch_total_tokens:
-            raise ArgumentValidation(
-                f"`max_total_tokens` must be <= `max_batch_total_tokens`. "
-                f"Given: {flags.max_total_tokens} and {flags.max_batch_total_tokens}"
-            )
-    # The router would find these too, but only once the model is loaded.
-    for name in ("validation_workers", "max_concurrent_requests", "max_batch_size"):
-        if getattr(flags, name) == 0:
-            raise ArgumentValidation(f"`{name}` must be > 0")
+    _check_numbers(flags, max_input_tokens)
     num_shard = find_num_shard(flags.sharded, flags.num_shard, devices.count)
     hostname, warnings = _hostname(flags.hostname)
     return LauncherConfig(
@@ -90,7 +91,7 @@ def resolve(flags: Flags, devices: Devices) -> LauncherConfig:
         hostname=hostname,
         max_input_tokens=max_input_tokens,
         attention=_attention(flags),
-        master_port=DEFAULT_MASTER_PORT if flags.master_port is None else flags.master_port,
+        master_port=flags.master_port,
         compute_type=f"{num_shard}-{devices.card or 'cpu'}",
         warnings=warnings,
     )
@@ -130,6 +131,36 @@ def _max_input_tokens(flags: Flags) -> int | None:
     return flags.max_input_length if flags.max_input_tokens is None else flags.max_input_tokens
 
 
+def _check_numbers(flags: Flags, max_input_tokens: int | None) -> None:
+    """What the router and the shards would refuse as well, but only once the model is loaded."""
+    positive = {name: getattr(flags, name) for name in POSITIVE} | {"max_input_tokens": max_input_tokens}
+    for name, value in positive.items():
+        if value is not None and value < 1:
+            raise ArgumentValidation(f"`{name}` must be > 0")
+    max_total_tokens = flags.max_total_tokens
+    if max_total_tokens is not None:
+        if max_input_tokens is not None and max_input_tokens >= max_total_tokens:
+            raise ArgumentValidation(
+                f"`max_input_tokens`({max_input_tokens}) must be < `max_total_tokens`({max_total_tokens})"
+            )
+        if max_total_tokens < 2:
+            raise ArgumentValidation(
+                f"`max_total_tokens` must be > 1, one token of prompt and one of output. Given: {max_total_tokens}"
+            )
+    if flags.max_batch_total_tokens is not None:
+        for name in ("max_batch_prefill_tokens", "max_total_tokens"):
+            value = getattr(flags, name)
+            if value is not None and value > flags.max_batch_total_tokens:
+                raise ArgumentValidation(
+                    f"`{name}` must be <= `max_batch_total_tokens`. Given: {value} and {flags.max_batch_total_tokens}"
+                )
+    # Comparisons with nan are false: the command line's own limits let it pass.
+    if flags.waiting_served_ratio is not None and not 0 <= flags.waiting_served_ratio < math.inf:
+        raise ArgumentValidation(f"`waiting_served_ratio` must be >= 0 and finite. Given: {flags.waiting_served_ratio}")
+    if not 0 < flags.cuda_memory_fraction <= 1:
+        raise ArgumentValidation(f"`cuda_memory_fraction` must be > 0 and <= 1. Given: {flags.cuda_memory_fraction}")
+
+
 def _attention(flags: Flags) -> str | None:
     if flags.attention in TGI_ATTENTION:
         raise ArgumentValidation(
@@ -145,12 +176,8 @@ def _attention(flags: Flags) -> str | None:
 
 
 def _hostname(hostname: str) -> tuple[str, tuple[str, ...]]:
-    # TGI would open a server that was asked to be local to the world.
-    if hostname == "localhost":
-        return "127.0.0.1", ()
-    if is_ip(hostname):
-        return hostname, ()
-    return "0.0.0.0", (INVALID_HOSTNAME,)
+    found = address(hostname)
+    return ("0.0.0.0", (INVALID_HOSTNAME,)) if found is None else (found, ())
 
 
 def _source(model_id: str) -> ModelSource:

@@ -33,7 +33,7 @@ def adopt(environ: MutableMapping[str, str]) -> list[str]:
         if value:
             environ[flag.variable] = _normal(flag, value)
     # In a container HOSTNAME is the container's id, not a wish.
-    if (hostname := environ.get("HOSTNAME", "")) and not is_ip(hostname):
+    if (hostname := environ.get("HOSTNAME", "")) and address(hostname) is None:
         warnings.append(INVALID_HOSTNAME)
         del environ["HOSTNAME"]
     return warnings
@@ -55,11 +55,12 @@ def fits(flag: FlagInfo, value: str) -> bool:
     if flag.kind is bool:
         return value.lower() in TRUE | FALSE
     if flag.name == "hostname":
-        return is_ip(value)
+        return address(value) is not None
     if issubclass(flag.kind, enum.Enum):
         return _normal(flag, value) in [member.value for member in flag.kind]
     if flag.kind not in (int, float):
-        return "://" not in value or flag.name in ("cors_allow_origin", "otlp_endpoint")
+        # A key may be any text: one that was ignored would leave the server open.
+        return "://" not in value or flag.name in ("cors_allow_origin", "otlp_endpoint", "api_key")
     try:
         number = flag.kind(value)
     except ValueError:
@@ -67,12 +68,16 @@ def fits(flag: FlagInfo, value: str) -> bool:
     return (flag.minimum is None or number >= flag.minimum) and (flag.maximum is None or number <= flag.maximum)
 
 
-def is_ip(text: str) -> bool:
+def address(hostname: str) -> str | None:
+    """The IP address that a ``--hostname`` means; None for any other name, such as a container's id."""
+    # TGI would open a server that was asked to be local to the world.
+    if hostname == "localhost":
+        return "127.0.0.1"
     try:
-        ipaddress.ip_address(text)
+        ipaddress.ip_address(hostname)
     except ValueError:
-        return False
-    return True
+        return None
+    return hostname
 
 
 def _normal(flag: FlagInfo, value: str) -> str:

@@ -172,7 +172,7 @@ class Flags:
     ] = False
     validation_workers: Annotated[int, number("--validation-workers", help="Tokenizer threads of the router.")] = 2
 
-    hostname: Annotated[str, option("--hostname", help="IP address to listen on.")] = "0.0.0.0"
+    hostname: Annotated[str, option("--hostname", help="IP address to listen on, or localhost.")] = "0.0.0.0"
     port: Annotated[int, number("--port", "-p", help="Port to listen on.", max=65535)] = 3000
     prometheus_port: Annotated[
         int | None,

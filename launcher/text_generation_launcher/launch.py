@@ -61,14 +61,16 @@ def _launch(flags: Flags, environ: Mapping[str, str], warnings: Sequence[str], s
         sink.warning(warning)
     if flags.disable_custom_kernels:
         sink.info("`--disable-custom-kernels`: PyTorch's own operators only (attention torch)")
+    if flags.api_key is None and (empty := [name for name in ("TGI_API_KEY", "API_KEY") if name in environ]):
+        sink.warning(f"{empty[0]} is empty: the server is open")
     check_port(config.hostname, flags.port)
     if flags.port == 0:
-        config = dataclasses.replace(config, flags=dataclasses.replace(flags, port=free_port(0)))
+        config = dataclasses.replace(config, flags=dataclasses.replace(flags, port=free_port()))
     if config.num_shard > 1:
         sink.info(f"Sharding model on {config.num_shard} processes")
         if flags.master_port is None:
             # Not TGI's 29500: two launches that begin at the same moment would both find it free.
-            config = dataclasses.replace(config, master_port=free_port(0))
+            config = dataclasses.replace(config, master_port=free_port())
     with socket_path(flags.shard_uds_path, config.num_shard) as uds_path:
         plan = make_plan(config, Launch(nonce=secrets.token_hex(16), uds_path=uds_path, environ=environ))
         supervisor = Supervisor(

@@ -75,16 +75,25 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HubModel:
+    """What a download has found out about its model; empty where nothing is known."""
+
+    sha: str = ""
+    pipeline_tag: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     download: ProcessSpec | None
     shards: tuple[ProcessSpec, ...]
     router: ProcessSpec
 
-    def pinned(self, sha: str) -> Plan:
-        """The same with every shard at commit ``sha``: the branch may move between download and load."""
-        return replace(
-            self, shards=tuple(replace(shard, argv=_with_revision(shard.argv, sha)) for shard in self.shards)
-        )
+    def pinned(self, model: HubModel) -> Plan:
+        """The same with every shard told what the download has found out.
+
+        The branch may move between download and load, and the pipeline tag is in no file of the cache.
+        """
+        return replace(self, shards=tuple(_pinned(shard, model) for shard in self.shards))
 
 
 def make_plan(config: LauncherConfig, launch: Launch) -> Plan:
@@ -124,13 +133,13 @@ def _shard(config: LauncherConfig, launch: Launch, rank: int) -> ProcessSpec:
         "RANK": str(rank),
         "WORLD_SIZE": str(config.num_shard),
         "MASTER_ADDR": flags.master_addr,
-        "MASTER_PORT": str(config.master_port),
         "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
         "CUDA_MEMORY_FRACTION": str(flags.cuda_memory_fraction),
         "PREFIX_CACHING": "0",
         "GLIBC_TUNABLES": _tunables(launch.environ),
     }
     optional = {
+        "MASTER_PORT": config.master_port,
         "MAX_TOTAL_TOKENS": flags.max_total_tokens,
         "MAX_BATCH_SIZE": flags.max_batch_size,
         "ATTENTION": config.attention,
@@ -191,18 +200,13 @@ def _python(module: str, *arguments: str) -> tuple[str, ...]:
 
 
 def _base_env(launch: Launch) -> dict[str, str]:
-    env = without_flags(launch.environ)
-    env |= {
+    return without_flags(launch.environ) | {
         "TGI_LAUNCHER_NONCE": launch.nonce,
         "TGI_INCARNATION": "1",
         "PYTHONUNBUFFERED": "1",
         # `-m` would look for modules in the current folder first, whatever lies there.
         "PYTHONSAFEPATH": "1",
     }
-    if level := launch.environ.get("LOG_LEVEL"):
-        # Readiness and progress are log lines at INFO: they must come through at every level.
-        env["LOG_LEVEL"] = f"{level},text_generation.events=info"
-    return env
 
 
 def _hub_env(config: LauncherConfig, launch: Launch) -> dict[str, str]:
@@ -216,6 +220,12 @@ def _hub_env(config: LauncherConfig, launch: Launch) -> dict[str, str]:
     if flags.weights_cache_override is not None:
         env["WEIGHTS_CACHE_OVERRIDE"] = flags.weights_cache_override
     return env
+
+
+def _pinned(shard: ProcessSpec, model: HubModel) -> ProcessSpec:
+    argv = _with_revision(shard.argv, model.sha) if model.sha else shard.argv
+    env = {**shard.env, "TGI_PIPELINE_TAG": model.pipeline_tag} if model.pipeline_tag else shard.env
+    return replace(shard, argv=argv, env=env)
 
 
 def _with_revision(argv: tuple[str, ...], sha: str) -> tuple[str, ...]:

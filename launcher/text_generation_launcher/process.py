@@ -15,7 +15,7 @@ from typing import Any, cast
 from text_generation_proto.lifeline import LIFELINE_FD
 
 from text_generation_launcher.logs import LogSink, Record, parse_line
-from text_generation_launcher.plan import ProcessSpec, Role
+from text_generation_launcher.plan import HubModel, ProcessSpec, Role
 from text_generation_launcher.progress import parse_progress
 
 _LONGEST_LINE = 1 << 20
@@ -41,7 +41,8 @@ class Child(asyncio.SubprocessProtocol):
         """Exit code, or minus the signal's number; set when the last output has been read."""
         self.start_time = time.monotonic()
         self.ready_time = self.exit_time = float("inf")
-        self.resolved_sha = ""
+        self.resolved = HubModel()
+        """What a download has said about its model."""
         self._sink = sink
         self._last_error: str | None = None
         self._raw: deque[str] = deque(maxlen=50)
@@ -140,7 +141,9 @@ class Child(asyncio.SubprocessProtocol):
                 self.ready_time = time.monotonic()
                 self.ready.set_result(seconds)
         elif event == "resolved":
-            self.resolved_sha = str(fields.get("sha") or "")
+            self.resolved = HubModel(
+                sha=str(fields.get("sha") or ""), pipeline_tag=str(fields.get("pipeline_tag") or "")
+            )
         self._sink.emit(dataclasses.replace(record, fields=fields))
 
     # -- its end ------------------------------------------------------------------------------------

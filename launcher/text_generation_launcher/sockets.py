@@ -13,8 +13,9 @@ from pathlib import Path
 
 from text_generation_launcher.errors import CannotListen
 
-_LONGEST_PATH = 100
-"""A unix socket's path has room for 107 bytes; the shards append ``-{rank}``."""
+_LONGEST_PATH = 107
+"""Bytes of a unix socket's path on Linux, without the closing zero."""
+_PRIVATE_NAME = "shard"
 
 
 def check_port(hostname: str, port: int) -> None:
@@ -41,10 +42,8 @@ def _why_not(hostname: str, port: int) -> str | None:
     return None
 
 
-def free_port(preferred: int) -> int:
-    """``preferred`` when it is free, else (and for 0) one that the system chooses."""
-    if preferred and _why_not("127.0.0.1", preferred) is None:
-        return preferred
+def free_port() -> int:
+    """A port that the system chooses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -52,28 +51,43 @@ def free_port(preferred: int) -> int:
 
 @contextlib.contextmanager
 def socket_path(given: str | None, num_shard: int) -> Iterator[str]:
-    """Path of the shards' sockets without ``-{rank}``: ``given``, or in a private folder removed at the end.
+    """Absolute path of the shards' sockets without ``-{rank}``: ``given``, or in a private folder removed at the end.
 
-    Raises: CannotListen, when the folder cannot be made or a given socket belongs to a living server.
+    Raises: CannotListen, when the folder cannot be made, or a given path is too long or belongs to a living server.
     """
-    if given is not None:
+    if given:  # an empty one is none, as in the environment
+        # As the shards would make it, so that they and the router mean the same.
+        path = Path(given).absolute()
+        if not _is_short(path, num_shard):
+            raise CannotListen(
+                f"The socket path {_longest(path, num_shard)} is longer than the {_LONGEST_PATH} bytes that the system "
+                "allows: choose a shorter --shard-uds-path"
+            )
         for rank in range(num_shard):
-            _remove_stale(Path(f"{given}-{rank}"))
-        yield given
+            _remove_stale(Path(f"{path}-{rank}"))
+        yield str(path)
         return
-    folder = _private_folder()
+    folder = _private_folder(num_shard)
     try:
-        yield str(folder / "shard")
+        yield str(folder / _PRIVATE_NAME)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _private_folder() -> Path:
+def _longest(path: Path, num_shard: int) -> str:
+    return f"{path}-{num_shard - 1}"
+
+
+def _is_short(path: Path, num_shard: int) -> bool:
+    return len(os.fsencode(_longest(path, num_shard))) <= _LONGEST_PATH
+
+
+def _private_folder(num_shard: int) -> Path:
     """A fresh folder that only this user can enter (mkdtemp makes it 0700)."""
     prefix = "text-generation-"
     try:
-        folder = Path(tempfile.mkdtemp(prefix=prefix))
-        if len(os.fsencode(folder)) > _LONGEST_PATH:
+        folder = Path(tempfile.mkdtemp(prefix=prefix)).absolute()
+        if not _is_short(folder / _PRIVATE_NAME, num_shard):
             folder.rmdir()
             folder = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))
     except OSError as error:

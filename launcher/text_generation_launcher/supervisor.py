@@ -1,13 +1,12 @@
 """Start the processes, wait until they are ready, watch them, and stop them in order.
 
-A launch goes through four phases, DOWNLOADING -> STARTING -> SERVING -> STOPPING. Each waits on futures
-of its children and on nothing else, so an idle launcher takes no CPU time.
+A launch downloads, starts, serves and stops. Each phase waits on futures of its children and on nothing else, so an
+idle launcher takes no CPU time.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import os
 import signal
 import time
@@ -21,7 +20,7 @@ from text_generation_launcher.errors import (
     WebserverFailed,
 )
 from text_generation_launcher.logs import LogSink
-from text_generation_launcher.plan import Plan, ProcessSpec
+from text_generation_launcher.plan import HubModel, Plan, ProcessSpec
 from text_generation_launcher.process import Child, Seconds
 
 WAITING_S = 10.0
@@ -32,7 +31,7 @@ FAILURE_GRACE_S = 10.0
 """For a router whose shards are gone: enough to answer its clients with an error."""
 LAST_WORD_S = 2.0
 """For the router after a second signal."""
-_SETTLE_S = 0.3
+SETTLE_S = 0.3
 """How much later than the router's end the end of a shard may be seen that caused it."""
 
 
@@ -40,13 +39,6 @@ def stop_signals() -> list[signal.Signals]:
     """Signals that ask for an end. One that is ignored already stays so: `nohup` means it."""
     asking = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     return [number for number in asking if signal.getsignal(number) is not signal.SIG_IGN]
-
-
-class Phase(enum.Enum):
-    DOWNLOADING = enum.auto()
-    STARTING = enum.auto()
-    SERVING = enum.auto()
-    STOPPING = enum.auto()
 
 
 class Supervisor:
@@ -58,16 +50,20 @@ class Supervisor:
         sink: LogSink,
         *,
         grace_s: float,
+        settle_s: float = SETTLE_S,
         on_ready: Callable[[Seconds], None] = lambda _: None,
     ) -> None:
         self._plan = plan
         self._sink = sink
         self._grace_s = grace_s
+        self._settle_s = settle_s
         self._on_ready = on_ready
-        self._phase = Phase.DOWNLOADING
+        self._serving = False
+        """Whether everything was ready once; there may be requests to finish then."""
         self._children: list[Child] = []
         self._shards: list[Child] = []
         self._router: Child | None = None
+        self._num_signals = 0
         self._second_signal: int | None = None
         # The write end is ours alone and never written to: when we are gone, the children read end-of-file.
         self._lifeline, self._lifeline_held = os.pipe()
@@ -84,11 +80,10 @@ class Supervisor:
             loop.add_signal_handler(number, self._on_signal, number, life)
         try:
             await asyncio.wait([life])
-            self._phase, stopped_in = Phase.STOPPING, self._phase
             if life.cancelled():
-                await self._stop(stopped_in)
+                await self._stop()
                 return 0 if self._second_signal is None else 128 + self._second_signal
-            await self._stop_after_failure(stopped_in)
+            await self._stop_after_failure()
             await life
             return 0
         finally:
@@ -97,13 +92,16 @@ class Supervisor:
                     await child.kill()
             for number in handled:
                 loop.remove_signal_handler(number)
+                # It is over: a signal may not cut short what the caller cleans up.
+                signal.signal(number, signal.SIG_IGN)
             os.close(self._lifeline)
             os.close(self._lifeline_held)
 
     def _on_signal(self, number: int, life: asyncio.Task[None]) -> None:
-        if not life.done() and not life.cancelling():
+        self._num_signals += 1
+        if self._num_signals == 1:
             self._sink.info(f"Received {signal.Signals(number).name}, stopping")
-            life.cancel()
+            life.cancel()  # does nothing after a failure: then the end has begun already
             return
         self._sink.warning(f"Received {signal.Signals(number).name} again, stopping at once")
         self._second_signal = number
@@ -121,24 +119,22 @@ class Supervisor:
         started = time.monotonic()
         seconds: Seconds = {}
         if self._plan.download is not None:
-            sha = await self._download(self._plan.download)
+            model = await self._download(self._plan.download)
             seconds["download"] = time.monotonic() - started
-            if sha:
-                self._plan = self._plan.pinned(sha)
-        self._phase = Phase.STARTING
+            self._plan = self._plan.pinned(model)
         seconds |= await self._start()
-        self._phase = Phase.SERVING
+        self._serving = True
         self._on_ready(seconds | {"total": time.monotonic() - started})
         await self._serve()
 
-    async def _download(self, spec: ProcessSpec) -> str:
+    async def _download(self, spec: ProcessSpec) -> HubModel:
         self._sink.info("Starting check and download process", spec.span)
         child = await self._spawn(spec)
         if await child.exited != 0:
             child.log_end()
             raise DownloadError(f"Download encountered an error: {child.reason}")
         self._sink.info("Successfully downloaded weights", spec.span)
-        return child.resolved_sha
+        return child.resolved
 
     async def _start(self) -> Seconds:
         """Start the shards and the router at once, and wait until all are ready."""
@@ -197,7 +193,7 @@ class Supervisor:
         """The child whose end explains the others': a shard before the router, and of several the first."""
         if all(child.alive for child in self._shards):
             # A router that ends because it lost a shard may be seen to end first.
-            await asyncio.wait([child.exited for child in self._shards], timeout=_SETTLE_S)
+            await asyncio.wait([child.exited for child in self._shards], timeout=self._settle_s)
         dead = [child for child in self._children_of_the_group() if not child.alive]
         first = min(dead, key=lambda child: (child is self._router, child.exit_time))
         await first.exited
@@ -205,25 +201,23 @@ class Supervisor:
 
     # -- the end ------------------------------------------------------------------------------------
 
-    async def _stop(self, stopped_in: Phase) -> None:
+    async def _stop(self) -> None:
         """On request: the router first, which finishes its requests, then the shards."""
         if self._router is not None:
             # The router ends by itself when its grace is over; it gets a little more to say so to its clients.
-            serving = stopped_in is Phase.SERVING
-            await self._router.terminate(self._grace_s + SHORT_GRACE_S if serving else SHORT_GRACE_S)
+            await self._router.terminate(self._grace_s + SHORT_GRACE_S if self._serving else SHORT_GRACE_S)
         await self._stop_shards()
         others = [child for child in self._children if child.alive]
         await asyncio.gather(*(child.terminate(FAILURE_GRACE_S) for child in others))
 
-    async def _stop_after_failure(self, stopped_in: Phase) -> None:
+    async def _stop_after_failure(self) -> None:
         """The rest of a rank group hangs in a collective: it is killed at once. The router may tell its clients."""
         if any(child.exited.done() for child in self._shards):
             for child in self._shards:
                 if child.alive:
                     await child.kill()
         if self._router is not None:
-            serving = stopped_in is Phase.SERVING
-            await self._router.terminate(min(self._grace_s, FAILURE_GRACE_S) if serving else SHORT_GRACE_S)
+            await self._router.terminate(min(self._grace_s, FAILURE_GRACE_S) if self._serving else SHORT_GRACE_S)
         await self._stop_shards()
 
     async def _stop_shards(self) -> None:

@@ -20,7 +20,7 @@ LEVELS |= {"warning": logging.WARNING, "error": logging.ERROR, "critical": loggi
 
 
 EVENTS = "text_generation.events"
-"""The logger of messages to the launcher; no level silences it."""
+"""The logger of messages to the launcher; no ``LOG_LEVEL`` silences it, not even one that names it."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -50,8 +50,6 @@ def configure_logging(level: str = "info", stream: TextIO | None = None) -> None
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
-    # Messages to the launcher are no matter of taste: without them it would wait for readiness for ever.
-    logging.getLogger(EVENTS).setLevel(logging.INFO)
     unknown = []
     for entry in level.lower().split(","):
         target, _, name = entry.strip().rpartition("=")
@@ -59,6 +57,8 @@ def configure_logging(level: str = "info", stream: TextIO | None = None) -> None
             logging.getLogger(target or None).setLevel(LEVELS[name])
         elif name:
             unknown.append(entry.strip())
+    # Messages to the launcher are no matter of taste: without them it would wait for readiness for ever.
+    logging.getLogger(EVENTS).setLevel(logging.INFO)
     if unknown:
         root.warning("LOG_LEVEL: ignored %s; known levels: %s", ", ".join(unknown), ", ".join(LEVELS))
 
@@ -66,6 +66,8 @@ def configure_logging(level: str = "info", stream: TextIO | None = None) -> None
 def send_event(event: str, message: str, **fields: Any) -> None:
     """Log ``message`` at INFO as a message to the launcher.
 
-    Events: ``progress`` (fields stage, done, total, unit) and ``ready`` (field seconds: a dict of step -> duration).
+    Events: ``progress`` (fields stage, done, total, unit, and file for a download), ``resolved`` (of a download, when
+    the model is on this machine: fields folder, sha, pipeline_tag; the last two empty when unknown), and ``ready``
+    (field seconds: a dict of step -> duration).
     """
     logging.getLogger(EVENTS).info(message, extra={"event": event, **fields})

@@ -43,7 +43,7 @@ def serve(
     logger_level: LoggerLevel = "INFO",
     json_output: JsonOutput = False,
     otlp_endpoint: Annotated[str | None, typer.Option(help="Not supported yet.")] = None,
-    otlp_service_name: Annotated[str, typer.Option(help="Name in traces.")] = "text-generation-inference.server",
+    otlp_service_name: Annotated[str, typer.Option(help="Not supported yet.")] = config.OTLP_SERVICE_NAME,
     max_input_tokens: Annotated[int | None, typer.Option(help="Longest prompt; the router enforces it.")] = None,
 ) -> None:
     """Serve one shard of a model over gRPC on a unix socket."""
@@ -60,6 +60,7 @@ def serve(
                 trust_remote_code=trust_remote_code,
                 uds_path=uds_path,
                 otlp_endpoint=otlp_endpoint,
+                otlp_service_name=otlp_service_name,
                 max_input_tokens=max_input_tokens,
             ),
             os.environ,
@@ -93,7 +94,8 @@ def download_weights(
         download_and_report(model_id, revision, os.environ, trust_remote_code=trust_remote_code)
 
 
-@app.command()
+# TGI's options are not declared one by one: all of them get the one answer.
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def quantize(
     model_id: Annotated[str, typer.Argument()],
     output_dir: Annotated[Path, typer.Argument()],

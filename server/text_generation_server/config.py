@@ -32,13 +32,14 @@ class ShardConfig:
     attention: str | None = None
     """Name in the attention registry; None picks by device."""
     block_size: int = 16
-    max_input_tokens: int | None = None
     prefill_logprobs: bool = False
     cuda_memory_fraction: float = 1.0
     swaps: bool = True
     """Replace modules by their faster equals; off runs the library's own modules (for tests and for diagnosis)."""
     launcher_nonce: str = ""
     incarnation: int = 1
+    pipeline_tag: str = ""
+    """The hub's, as the launcher's download has learnt it: no file of the cache has it."""
     rank: int = 0
     world_size: int = 1
     master_addr: str = "localhost"
@@ -47,6 +48,8 @@ class ShardConfig:
 
 EMBEDDED_MODEL = "embedded"
 """The model id of the small model that ships with this package."""
+
+OTLP_SERVICE_NAME = "text-generation-inference.server"
 
 MAX_SOCKET_PATH_BYTES = 107
 """Of a unix socket on Linux, without the closing zero."""
@@ -66,7 +69,9 @@ class ServeFlags:
     trust_remote_code: bool = False
     uds_path: Path = Path("/tmp/text-generation-server")
     otlp_endpoint: str | None = None
+    otlp_service_name: str = OTLP_SERVICE_NAME
     max_input_tokens: int | None = None
+    """Checked, and otherwise the router's: it refuses what is longer."""
 
 
 def resolve(flags: ServeFlags, env: Mapping[str, str]) -> ShardConfig:
@@ -85,12 +90,12 @@ def resolve(flags: ServeFlags, env: Mapping[str, str]) -> ShardConfig:
         trust_remote_code=flags.trust_remote_code,
         uds_path=uds_path,
         attention=env.get("ATTENTION") or None,
-        max_input_tokens=flags.max_input_tokens,
         prefill_logprobs=_boolean(env, "REQUEST_LOGPROBS", default=False),
         cuda_memory_fraction=_fraction(env, "CUDA_MEMORY_FRACTION"),
         swaps=_boolean(env, "TGI_SWAPS", default=True),
         launcher_nonce=env.get("TGI_LAUNCHER_NONCE", ""),
         incarnation=_integer(env, "TGI_INCARNATION", default=1, least=1),
+        pipeline_tag=env.get("TGI_PIPELINE_TAG", ""),
         rank=rank,
         world_size=world_size,
         master_addr=master_addr,
@@ -105,6 +110,7 @@ def _refuse_unsupported(flags: ServeFlags, env: Mapping[str, str]) -> None:
         "--speculate": flags.speculate,
         "--kv-cache-dtype": flags.kv_cache_dtype if flags.kv_cache_dtype != "auto" else None,
         "--otlp-endpoint": flags.otlp_endpoint,
+        "--otlp-service-name": flags.otlp_service_name if flags.otlp_service_name != OTLP_SERVICE_NAME else None,
     }
     wanted |= {name: env.get(name) for name in ("LORA_ADAPTERS", "ROPE_SCALING", "ROPE_FACTOR")}
     for name, value in wanted.items():

@@ -110,6 +110,14 @@ def ends_within(pid: int, seconds: float) -> bool:
     return True
 
 
+def wait_until_reaped(pid: int, timeout_s: float = 60.0) -> None:
+    """Wait until the parent has taken notice of the end of a process."""
+    deadline = time.monotonic() + timeout_s
+    while psutil.pid_exists(pid):
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        time.sleep(0.01)
+
+
 @pytest.fixture
 def process() -> Any:
     """The helpers above, for test modules (which cannot import this file)."""

@@ -31,6 +31,20 @@ def on_sigterm(order: str, delay_s: float) -> None:
     signal.signal(signal.SIGTERM, handler)
 
 
+def last_words(go: Path) -> None:
+    """On SIGTERM wait for ``go``, say something, and end."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        log = logging.getLogger("fake.child")
+        log.info("asked to end")
+        while not go.exists():
+            time.sleep(0.01)
+        log.info("last words")
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, handler)
+
+
 def perform(action: str, argument: str) -> None:
     log = logging.getLogger("fake.child")
     match action:
@@ -49,7 +63,8 @@ def perform(action: str, argument: str) -> None:
             done, total = argument.split("/")
             send_event("progress", "loading", stage="load", done=int(done), total=int(total), unit="layers")
         case "resolved":
-            send_event("resolved", "resolved", folder="/nowhere", sha=argument)
+            sha, _, tag = argument.partition(" ")
+            send_event("resolved", "resolved", folder="/nowhere", sha=sha, pipeline_tag=tag)
         case "ready":
             send_event("ready", "ready", seconds={argument or "load": 0.25})
         case "pid":
@@ -64,6 +79,8 @@ def perform(action: str, argument: str) -> None:
             on_sigterm(argument, 0.0)
         case "ends-slowly":
             on_sigterm(argument, 0.3)
+        case "last-words":
+            last_words(Path(argument))
         case "never-ends":
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         case "until":

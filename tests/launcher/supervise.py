@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from text_generation_launcher.errors import LauncherError
@@ -14,7 +15,7 @@ from text_generation_launcher.flags import Flags
 from text_generation_launcher.launch import open_sink
 from text_generation_launcher.plan import Plan, ProcessSpec, Role
 from text_generation_launcher.process import Seconds
-from text_generation_launcher.supervisor import Supervisor
+from text_generation_launcher.supervisor import SETTLE_S, Supervisor
 
 FAKE_CHILD = str(Path(__file__).with_name("fake_child.py"))
 
@@ -31,20 +32,23 @@ def fake_plan(shards: list[list[str]], router: list[str], download: list[str] | 
     )
 
 
-def supervise(plan: Plan, grace_s: float) -> int:
+def supervise(plan: Plan, *, grace_s: float = 5.0, settle_s: float = SETTLE_S, until: str | None = None) -> int:
+    """``until``: with everything over but the cleaning up, wait for this file."""
     sink = open_sink(Flags(json_output=True), os.environ)
 
-    def ready(seconds: Seconds) -> None:
+    def on_ready(seconds: Seconds) -> None:
         sink.info("READY", None, **seconds)
 
     try:
-        supervisor = Supervisor(
-            plan, sink, grace_s=grace_s, on_ready=lambda seconds: sink.info("READY", None, **seconds)
-        )
+        supervisor = Supervisor(plan, sink, grace_s=grace_s, settle_s=settle_s, on_ready=on_ready)
         code = asyncio.run(supervisor.run())
     except LauncherError as error:
         sink.error(str(error), error=error.name)
         code = error.exit_code
+    if until is not None:
+        sink.info("OVER")
+        while not Path(until).exists():
+            time.sleep(0.01)
     if not sink.close():
         os._exit(code)
     return code
@@ -55,5 +59,5 @@ if __name__ == "__main__":
     for asking in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(asking, signal.SIG_DFL)
     wanted = json.loads(sys.argv[1])
-    grace_s = wanted.pop("grace_s", 5.0)
-    sys.exit(supervise(fake_plan(**wanted), grace_s))
+    options = {name: wanted.pop(name) for name in ("grace_s", "settle_s", "until") if name in wanted}
+    sys.exit(supervise(fake_plan(**wanted), **options))

@@ -92,7 +92,7 @@ def test_every_flag_is_read_from_its_variable_with_the_prefix(parse: Parse, flag
     assert getattr(parse(**{f"TGI_{flag.variable}": text}).flags, flag.name) == value
 
 
-NO_ADDRESS = [flag for flag in flag_table() if flag.name not in ("cors_allow_origin", "otlp_endpoint")]
+NO_ADDRESS = [flag for flag in flag_table() if flag.name not in ("cors_allow_origin", "otlp_endpoint", "api_key")]
 
 
 @pytest.mark.parametrize("flag", NO_ADDRESS, ids=lambda flag: flag.name)
@@ -145,6 +145,17 @@ def test_a_hostname_that_a_container_sets_is_ignored_with_tgis_warning(parse: Pa
     outcome = parse(HOSTNAME="3f2a9c1d")
     assert outcome.flags.hostname == "0.0.0.0"
     assert outcome.warnings == ["Invalid hostname, defaulting to 0.0.0.0"]
+
+
+@pytest.mark.parametrize("name", ["HOSTNAME", "TGI_HOSTNAME"])
+def test_localhost_is_a_wish_in_the_environment_too(parse: Parse, name: str) -> None:
+    outcome = parse(**{name: "localhost"})
+    assert outcome.flags.hostname == parse("--hostname", "localhost").flags.hostname == "localhost"
+    assert outcome.warnings == []
+
+
+def test_a_key_that_looks_like_an_address_is_a_key(parse: Parse) -> None:
+    assert parse(TGI_API_KEY="a://b").flags.api_key == "a://b"
 
 
 @pytest.mark.parametrize("value", ["true", "false"])

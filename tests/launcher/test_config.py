@@ -41,12 +41,48 @@ def config(**flags: Any) -> LauncherConfig:
             {"max_total_tokens": 11, "max_batch_total_tokens": 10},
             "`max_total_tokens` must be <= `max_batch_total_tokens`. Given: 11 and 10",
         ),
+        (
+            {"max_batch_prefill_tokens": 11, "max_batch_total_tokens": 10},
+            "`max_batch_prefill_tokens` must be <= `max_batch_total_tokens`. Given: 11 and 10",
+        ),
+        ({"max_batch_size": 0}, "`max_batch_size` must be > 0"),
     ],
 )
 def test_argument_errors_in_tgis_words(flags: dict[str, Any], text: str) -> None:
     with pytest.raises(ArgumentValidation) as error:
         config(**flags)
     assert str(error.value) == text
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ({"api_key": ""}, "`api_key` must not be empty"),
+        ({"api_key": " \n"}, "`api_key` must not be empty"),
+        ({"max_input_tokens": 0}, "`max_input_tokens` must be > 0"),
+        ({"max_input_length": 0}, "`max_input_tokens` must be > 0"),
+        ({"max_total_tokens": 0}, "`max_total_tokens` must be > 1, one token of prompt and one of output. Given: 0"),
+        ({"max_total_tokens": 1}, "`max_total_tokens` must be > 1, one token of prompt and one of output. Given: 1"),
+        ({"max_batch_prefill_tokens": 0}, "`max_batch_prefill_tokens` must be > 0"),
+        ({"max_batch_total_tokens": 0}, "`max_batch_total_tokens` must be > 0"),
+        ({"max_concurrent_requests": 0}, "`max_concurrent_requests` must be > 0"),
+        ({"master_port": 0}, "`master_port` must be > 0"),
+        ({"waiting_served_ratio": float("inf")}, "`waiting_served_ratio` must be >= 0 and finite. Given: inf"),
+        ({"waiting_served_ratio": float("nan")}, "`waiting_served_ratio` must be >= 0 and finite. Given: nan"),
+        ({"waiting_served_ratio": -0.5}, "`waiting_served_ratio` must be >= 0 and finite. Given: -0.5"),
+        ({"cuda_memory_fraction": 0.0}, "`cuda_memory_fraction` must be > 0 and <= 1. Given: 0.0"),
+        ({"cuda_memory_fraction": float("nan")}, "`cuda_memory_fraction` must be > 0 and <= 1. Given: nan"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused_before_anything_starts(flags: dict[str, Any], text: str) -> None:
+    with pytest.raises(ArgumentValidation) as error:
+        config(**flags)
+    assert str(error.value) == text
+
+
+def test_the_least_that_can_be_served() -> None:
+    least = {"max_input_tokens": 1, "max_total_tokens": 2, "max_batch_prefill_tokens": 1, "max_batch_total_tokens": 2}
+    config(**least, max_batch_size=1, max_concurrent_requests=1, waiting_served_ratio=0.0, cuda_memory_fraction=0.01)
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,15 @@ def test_a_hub_model_is_downloaded_first_and_loaded_at_that_commit(launch: Launc
     assert not socket_folder.exists()
 
 
+def test_a_relative_socket_path_is_the_same_for_router_and_shards(launch: Launch, tmp_path: Path) -> None:
+    server = launch("--shard-uds-path", "tgi")
+    server.wait_for("generate_stream")
+    assert server.stop() == 0
+    shard, router = recorded(tmp_path / "server0")[0], recorded(tmp_path / "router")[0]
+    assert shard[shard.index("--uds-path") + 1] == str(tmp_path / "tgi")
+    assert router[router.index("--master-shard-uds-path") + 1] == str(tmp_path / "tgi-0")
+
+
 def test_two_launches_with_the_same_flags_share_nothing(launch: Launch, tmp_path: Path) -> None:
     seen = set()
     for _ in range(2):
@@ -170,6 +179,26 @@ def test_argument_errors_are_printed_as_tgi_prints_them(launch: Launch) -> None:
     )
 
 
+def test_an_empty_key_on_the_command_line_opens_no_server(launch: Launch, tmp_path: Path) -> None:
+    """Typically `--api-key "$UNSET"`."""
+    assert launch("--api-key", "").end() == (1, 'Error: ArgumentValidation("`api_key` must not be empty")\n')
+    assert not (tmp_path / "router").exists()
+
+
+@pytest.mark.parametrize("name", ["API_KEY", "TGI_API_KEY"])
+def test_an_empty_key_in_the_environment_is_told(launch: Launch, name: str, tmp_path: Path) -> None:
+    warning = f"{name} is empty: the server is open"
+    server = launch(**{name: ""})
+    server.wait_for("generate_stream")
+    assert server.stop() == 0
+    assert warning in server.out
+    protected = launch("--api-key", "hush", **{name: ""})
+    protected.wait_for("generate_stream")
+    assert protected.stop() == 0
+    assert warning not in protected.out
+    assert recorded(tmp_path / "router")[1]["API_KEY"] == "hush"
+
+
 def test_an_ignored_variable_is_told(launch: Launch) -> None:
     server = launch(TGI_PORT="tcp://10.0.0.1:80")
     server.wait_for("Ignored TGI_PORT='tcp://10.0.0.1:80': not a value of --port")
@@ -195,8 +224,9 @@ def test_a_shard_that_cannot_load_ends_in_one_clear_line(launch: Launch) -> None
     )
 
 
-def test_a_quiet_log_level_does_not_hide_readiness(launch: Launch) -> None:
-    server = launch(LOG_LEVEL="error")
+@pytest.mark.parametrize("level", ["error", "text_generation.events=off"])
+def test_no_log_level_hides_readiness(launch: Launch, level: str) -> None:
+    server = launch(LOG_LEVEL=level)
     server.wait_for("generate_stream")
     assert server.stop() == 0
 
@@ -226,6 +256,6 @@ def test_on_a_terminal_bars_come_and_plain_lines_stay(launch: Launch) -> None:
     server.wait_for("generate_stream")
     assert server.stop() == 0
     assert "3 layers / 4 layers" in server.out
-    assert "text_generation_launcher: Load: 4 layers in 1." in server.out
+    assert "text_generation_launcher: Load: 4 layers in " in server.out
     after = server.out[server.out.index("Load: 4 layers") :]
     assert "layers / 4 layers" not in after

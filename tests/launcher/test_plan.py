@@ -9,7 +9,7 @@ import pytest
 from text_generation_launcher.config import resolve
 from text_generation_launcher.devices import Devices
 from text_generation_launcher.flags import Dtype, Flags
-from text_generation_launcher.plan import Launch, Plan, make_plan
+from text_generation_launcher.plan import HubModel, Launch, Plan, make_plan
 
 
 def plan(environ: dict[str, str] | None = None, **flags: Any) -> Plan:
@@ -41,6 +41,7 @@ def test_every_rank_knows_its_place() -> None:
     assert {shard.env["MASTER_PORT"] for shard in shards} == {"1234"}
     assert {shard.env["MASTER_ADDR"] for shard in shards} == {"localhost"}
     assert all("--sharded" in shard.argv for shard in shards)
+    assert "MASTER_PORT" not in plan().shards[0].env, "one shard meets nobody"
 
 
 def test_only_a_hub_model_is_downloaded() -> None:
@@ -52,8 +53,18 @@ def test_only_a_hub_model_is_downloaded() -> None:
 
 
 def test_a_downloaded_commit_replaces_the_branch() -> None:
-    assert after(plan(model_id="org/model", revision="main").pinned("abc").shards[0].argv, "--revision") == "abc"
-    assert after(plan(model_id="org/model").pinned("abc").shards[0].argv, "--revision") == "abc"
+    for made in (plan(model_id="org/model", revision="main"), plan(model_id="org/model")):
+        pinned = made.pinned(HubModel(sha="abc"))
+        assert after(pinned.shards[0].argv, "--revision") == "abc"
+        assert pinned.shards[0].env == made.shards[0].env
+
+
+def test_every_shard_is_told_the_pipeline_tag() -> None:
+    made = plan(model_id="org/model", num_shard=2)
+    pinned = made.pinned(HubModel(pipeline_tag="text-generation"))
+    assert [shard.env["TGI_PIPELINE_TAG"] for shard in pinned.shards] == ["text-generation"] * 2
+    assert [shard.argv for shard in pinned.shards] == [shard.argv for shard in made.shards]
+    assert made.pinned(HubModel()) == made
 
 
 def test_flags_reach_the_process_that_they_are_meant_for() -> None:
@@ -98,6 +109,19 @@ def test_the_api_key_is_on_no_command_line_and_reaches_the_router_alone() -> Non
     assert not any("hush" in word for spec in (*made.shards, made.router) for word in spec.argv)
 
 
+@pytest.mark.parametrize("key", ["hush", "a b", "0", "false", "none", "a://b", "é", None])
+def test_the_routers_command_line_reads_the_key_that_was_given(
+    key: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from text_generation_router.cli import parse
+
+    router = plan({"API_KEY": "stale", "TGI_API_KEY": "stale"}, api_key=key).router
+    monkeypatch.delenv("API_KEY", raising=False)
+    for name, value in router.env.items():
+        monkeypatch.setenv(name, value)
+    assert parse(router.argv[3:]).api_key == key
+
+
 def test_flags_do_not_leak_through_the_environment() -> None:
     made = plan({"PORT": "1", "TGI_PORT": "2", "MODEL_ID": "x", "HOSTNAME": "pod", "DTYPE": "float16", "HOME": "/root"})
     for spec in (*made.shards, made.router):
@@ -126,8 +150,9 @@ def test_shards_and_router_share_this_launchs_nonce() -> None:
     assert {spec.env["TGI_INCARNATION"] for spec in (*made.shards, made.router)} == {"1"}
 
 
-def test_readiness_is_logged_at_every_level() -> None:
-    assert plan({"LOG_LEVEL": "error"}).shards[0].env["LOG_LEVEL"] == "error,text_generation.events=info"
+def test_the_log_level_is_for_the_children_too() -> None:
+    made = plan({"LOG_LEVEL": "warn,text_generation_router=debug"})
+    assert {spec.env["LOG_LEVEL"] for spec in (*made.shards, made.router)} == {"warn,text_generation_router=debug"}
 
 
 def test_a_compute_type_of_the_users_is_kept() -> None:

@@ -90,7 +90,7 @@ def test_bars_end_as_plain_lines_and_leave_no_thread(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("FORCE_COLOR", "1")
     lines: list[str] = []
-    bars = Bars(lines.append, render)
+    bars = Bars(lines.append, render, clock=Clock())
     bars.line("before")
     bars.progress(Progress("load", 1, 2, "parts"), RANK_0)
     bars.line("\x1b[31mmeanwhile\x1b[0m")

@@ -81,11 +81,18 @@ def test_a_router_that_cannot_start_ends_everything_before_the_shards_are_loaded
     assert started.last_error == "Webserver failed to start: Port 80 is taken"
 
 
-def test_a_router_that_dies_of_a_dead_shard_is_not_blamed(run: Start, tmp_path: Path) -> None:
-    go = tmp_path / "go"
-    started = run(shards=[["ready", f"until={go}", "sleep=0.1", "exit=1"]], router=["ready", f"until={go}", "exit=1"])
+def test_a_router_that_dies_of_a_dead_shard_is_not_blamed(run: Start, process: Any, tmp_path: Path) -> None:
+    """The end of the router is seen first, the end of the shard within the time that it is given."""
+    router, shard, pid = (tmp_path / name for name in ("router", "shard", "pid"))
+    started = run(
+        shards=[["ready", f"until={shard}", "exit=1"]],
+        router=[f"pid={pid}", "ready", f"until={router}", "exit=1"],
+        settle_s=60,
+    )
     started.wait_for("READY")
-    go.touch()
+    router.touch()
+    process.wait_until_reaped(process.pid_in(pid))
+    shard.touch()
     assert started.end() == 1
     assert started.last_error.startswith("Shard 0 crashed")
 
@@ -116,10 +123,11 @@ def test_the_rest_of_the_group_is_killed_at_once_when_a_rank_dies(run: Start, tm
     go = tmp_path / "go"
     started = run(shards=[["ready", f"until={go}", "exit=1"], ["never-ends", *SERVE]], router=SERVE)
     started.wait_for("READY")
-    began = time.monotonic()
     go.touch()
     assert started.end() == 1
-    assert time.monotonic() - began < 4.0
+    assert started.last_error.startswith("Shard 0 crashed")
+    # It ignores SIGTERM: had it been asked, and given time, there would be lines about that.
+    assert not [message for message in started.messages if message in ("Terminating shard", "Killing shard")]
 
 
 def test_a_signal_while_downloading_stops_the_download(run: Start) -> None:
@@ -155,6 +163,51 @@ def test_a_second_signal_kills_at_once(run: Start) -> None:
     assert started.end() == 128 + signal.SIGTERM
 
 
+def test_the_first_signal_after_a_crash_does_not_cut_the_routers_last_words(run: Start, tmp_path: Path) -> None:
+    crash, go = tmp_path / "crash", tmp_path / "go"
+    started = run(shards=[["ready", f"until={crash}", "exit=1"]], router=[f"last-words={go}", *SERVE], grace_s=600)
+    started.wait_for("READY")
+    crash.touch()
+    started.wait_for("asked to end")
+    started.signal(signal.SIGTERM)
+    line = started.wait_for("Received SIGTERM")
+    go.touch()
+    assert line["fields"]["message"] == "Received SIGTERM, stopping"
+    assert started.end() == 1
+    assert "last words" in started.messages
+    assert started.last_error.startswith("Shard 0 crashed")
+
+
+def test_a_second_signal_after_a_crash_kills_at_once(run: Start, tmp_path: Path) -> None:
+    crash = tmp_path / "crash"
+    started = run(shards=[["ready", f"until={crash}", "exit=1"]], router=["never-ends", *SERVE], grace_s=600)
+    started.wait_for("READY")
+    crash.touch()
+    started.wait_for("Waiting for webserver")
+    started.signal(signal.SIGTERM)
+    started.wait_for("Received SIGTERM, stopping")
+    started.signal(signal.SIGTERM)
+    assert started.end() == 1
+    assert "Received SIGTERM again, stopping at once" in started.messages
+    assert "Killing webserver" not in started.messages
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_no_signal_cuts_short_what_is_cleaned_up_at_the_end(run: Start, crash: bool, tmp_path: Path) -> None:
+    go, until = tmp_path / "go", tmp_path / "until"
+    started = run(shards=[["ready", f"until={go}", "exit=1"]], router=SERVE, until=str(until))
+    started.wait_for("READY")
+    if crash:
+        go.touch()
+    else:
+        started.signal(signal.SIGTERM)
+    started.wait_for("OVER")
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        started.signal(number)
+    until.touch()
+    assert started.end() == int(crash)
+
+
 def test_a_failed_download_starts_nothing(run: Start, tmp_path: Path) -> None:
     started = run(
         download=["error=no space left", "exit=1"], shards=[[f"pid={tmp_path / 'shard'}", *SERVE]], router=SERVE
@@ -164,11 +217,14 @@ def test_a_failed_download_starts_nothing(run: Start, tmp_path: Path) -> None:
     assert not (tmp_path / "shard").exists()
 
 
-def test_shards_load_the_commit_that_was_downloaded(run: Start, tmp_path: Path) -> None:
+def test_shards_load_the_commit_that_was_downloaded_and_know_its_task(run: Start, tmp_path: Path) -> None:
     file = tmp_path / "argv"
-    started = run(download=["resolved=abc123"], shards=[[f"environment={file}", *SERVE, "--"]], router=SERVE)
+    download = ["resolved=abc123 text-generation"]
+    started = run(download=download, shards=[[f"environment={file}", *SERVE, "--"]], router=SERVE)
     started.wait_for("READY")
-    assert "--revision\nabc123\n" in file.read_text()
+    argv, _, environ = file.read_text().partition("\n\n")
+    assert "--revision\nabc123" in argv
+    assert "TGI_PIPELINE_TAG=text-generation" in environ.split("\n")
 
 
 @pytest.mark.parametrize("where", ["shard", "router"])
@@ -229,10 +285,20 @@ def test_waiting_takes_no_cpu_time(run: Start) -> None:
     started = run(shards=[SERVE], router=SERVE)
     started.wait_for("READY")
     launcher = psutil.Process(started.process.pid)
-    time.sleep(0.3)
-    before = launcher.cpu_times()
-    switches = launcher.num_ctx_switches().voluntary
-    time.sleep(1.0)
-    after = launcher.cpu_times()
-    assert after.user + after.system - before.user - before.system <= 0.01
-    assert launcher.num_ctx_switches().voluntary - switches <= 5
+
+    def used() -> tuple[float, int]:
+        """Processor seconds, and how often it has gone to sleep again."""
+        return sum(launcher.cpu_times()[:2]), launcher.num_ctx_switches().voluntary
+
+    # A launcher that looks after its children every so often has no quiet second, one that waits has one soon: on a
+    # busy machine perhaps not the first.
+    deadline = time.monotonic() + 60
+    while True:
+        cpu_s, sleeps = used()
+        time.sleep(1.0)
+        cpu_s_after, sleeps_after = used()
+        if cpu_s_after - cpu_s <= 0.011 and sleeps_after - sleeps <= 5:
+            return
+        assert time.monotonic() < deadline, (
+            f"{cpu_s_after - cpu_s:.2f} s and {sleeps_after - sleeps} sleeps in a second"
+        )
