@@ -168,6 +168,7 @@ def test_sigterm_while_loading_ends_with_code_0(tiny: Path, tmp_path: Path) -> N
     [
         (["serve", "m", "--sharded"], {}, "RANK must be set when sharded is True"),
         (["serve", "m", "--quantize", "awq"], {}, "`--quantize awq` is not supported yet"),
+        (["serve", "m", "--otlp-service-name", "mine"], {}, "`--otlp-service-name mine` is not supported yet"),
         (["serve", "m", "--dtype", "int3"], {}, "`--dtype` must be one of float32, bfloat16, float16, got int3"),
         (["serve", "/no/such/folder"], {}, "there is no folder /no/such/folder"),
         (["download-weights", "m", "--merge-lora"], {}, "`--merge-lora` is not supported yet"),
@@ -222,6 +223,7 @@ def test_flags_and_environment_become_a_configuration() -> None:
         ({"speculate": 2}, {}, "--speculate 2"),
         ({"kv_cache_dtype": "fp8_e5m2"}, {}, "--kv-cache-dtype fp8_e5m2"),
         ({"otlp_endpoint": "http://x"}, {}, "--otlp-endpoint"),
+        ({"otlp_service_name": "mine"}, {}, "--otlp-service-name mine"),
         ({"max_input_tokens": 0}, {}, "--max-input-tokens"),
         ({"uds_path": Path("/" + "x" * 120)}, {}, "--uds-path"),
         ({}, {"CUDA_MEMORY_FRACTION": "1.5"}, "CUDA_MEMORY_FRACTION"),

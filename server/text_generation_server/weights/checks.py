@@ -46,15 +46,14 @@ def check_folder(folder: Path) -> None:
 
     Raises: CorruptWeights; ConfigError where there are no weights at all.
     """
-    index_file = folder / INDEX_FILE
-    weight_map = _weight_map(index_file) if index_file.is_file() else None
+    weight_map = _weight_map(folder)
     if weight_map is None:
         if not (folder / SINGLE_FILE).is_file():
             raise ConfigError(_no_weights(folder))
         check_file(folder / SINGLE_FILE)
         return
     owners: dict[str, str] = {}
-    for file_name in sorted(set(weight_map.values())):
+    for file_name in weight_files(folder):
         if not (folder / file_name).is_file():
             raise CorruptWeights(f"{INDEX_FILE} names {file_name}, which is missing; download the model again")
         for span in check_file(folder / file_name):
@@ -64,6 +63,15 @@ def check_folder(folder: Path) -> None:
     for name, file_name in weight_map.items():
         if owners.get(name) != file_name:
             raise CorruptWeights(f"{INDEX_FILE} says that tensor `{name}` is in {file_name}, and it is not")
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The weights files that a model folder must have: those of its index, sorted, or the single one.
+
+    Raises: CorruptWeights if the index cannot be read or leads out of the folder.
+    """
+    weight_map = _weight_map(folder)
+    return [SINGLE_FILE] if weight_map is None else sorted(set(weight_map.values()))
 
 
 def check_file(path: Path) -> list[TensorSpan]:
@@ -145,7 +153,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _weight_map(index_file: Path) -> dict[str, str]:
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """Tensor -> file, as the index says; None without an index. Raises: CorruptWeights."""
+    index_file = folder / INDEX_FILE
+    if not index_file.is_file():
+        return None
     try:
         index = json.loads(index_file.read_text(encoding="utf-8"))
         weight_map = index["weight_map"]

@@ -1,153 +1,161 @@
-"""Downloading a model from the hub into its cache, with huggingface_hub: tries, progress, and errors that help."""
+"""Files of the hub into its cache, with progress.
+
+What a killed process has received of a large file is gone on with by the next one. huggingface_hub would begin again:
+the names of its partial files are of one process.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
+import hashlib
 import logging
-import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from io import BufferedRandom
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+from urllib.parse import urlsplit
 
 from text_generation_proto.logs import send_event
 
-from text_generation_server.config import ConfigError
+from text_generation_server.weights.hub_errors import BrokenOff, first_line, retried
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-TRIES = 5
-PAUSE_S = 5.0
-"""Between tries of one file, as TGI; ``TGI_DOWNLOAD_PAUSE_S`` changes it."""
 EVENT_INTERVAL_S = 0.25
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def fetch_file(
     model_id: str, name: str, revision: str | None, cache_dir: str, token: str | None, pause_s: float
 ) -> Path:
-    """One file into the cache. huggingface_hub resumes what was cut off; a file is in place only when complete."""
+    """One file into the cache; it is in place only when complete."""
     from huggingface_hub import hf_hub_download
 
-    bars: type[Any] = type("Bar", (_Bar,), {"name": name})
     path = retried(
-        lambda: hf_hub_download(model_id, name, revision=revision, cache_dir=cache_dir, token=token, tqdm_class=bars),
+        lambda: hf_hub_download(
+            model_id, name, revision=revision, cache_dir=cache_dir, token=token, tqdm_class=_bars(name)
+        ),
         name,
         pause_s,
     )
     return Path(path)
 
 
-def retried(action: Callable[[], T], what: str, pause_s: float) -> T:
-    """Try again where that can help: not after a refusal, and not when the network is switched off."""
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
-
-    for attempt in range(1, TRIES + 1):
-        try:
-            return action()
-        except OfflineModeIsEnabled:
-            raise
-        except OSError as error:  # every network error of the library, and a full disk
-            refused = isinstance(error, HfHubHTTPError) and error.response.status_code in (400, 401, 403, 404)
-            # A file that cannot be looked up: the library has tried several times itself by then.
-            hopeless = refused or isinstance(error, EntryNotFoundError) or error.errno in _DISK_ERRORS
-            if hopeless or attempt == TRIES:
-                raise
-            logger.warning("%s: try %d of %d failed (%s)", what, attempt, TRIES, _first_line(error))
-            time.sleep(pause_s)
-    raise AssertionError("the last try returns or raises")
+def fetch_weights(model_id: str, name: str, snapshot: Path, token: str | None, pause_s: float) -> None:
+    """One large file into a snapshot of the cache, from where an earlier download of it has come to."""
+    if not (snapshot / name).exists():
+        retried(lambda: _fetch_blob(model_id, name, snapshot, token), name, pause_s)
+    # Finds the content in place and enters it in the snapshot.
+    fetch_file(model_id, name, snapshot.name, str(snapshot.parents[2]), token, pause_s)
 
 
-_DISK_ERRORS = (13, 27, 28, 30, 122)  # EACCES, EFBIG, ENOSPC, EROFS, EDQUOT
+def _fetch_blob(model_id: str, name: str, snapshot: Path, token: str | None) -> None:
+    """A file's content, through ``blobs/<sha256>.incomplete``, to where huggingface_hub looks for it.
 
-
-@contextlib.contextmanager
-def explained(model_id: str, revision: str | None, *, has_token: bool) -> Iterator[None]:
-    """Turn the library's errors into one line that says what to do."""
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    token_hint = "check that HF_TOKEN may read it" if has_token else "set HF_TOKEN"
-    try:
-        yield
-    except GatedRepoError as error:
-        raise ConfigError(
-            f"`{model_id}` is gated: accept its licence on its page on the hub, and {token_hint}"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ConfigError(
-            f"`{model_id}` is not on the hub, or it is private: check the id, and {token_hint} if it is private"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise ConfigError(f"`{model_id}` has no revision `{revision}`; check --revision") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        if isinstance(error, OfflineModeIsEnabled) or isinstance(error.__cause__, OfflineModeIsEnabled):
-            raise ConfigError(
-                f"`{model_id}` is not complete in the cache and HF_HUB_OFFLINE is set: unset it, or download the model "
-                "where there is a network and set HF_HOME to that cache, or give a local folder"
-            ) from error
-        cause = error.__cause__ or error
-        raise ConfigError(
-            f"the hub cannot be reached and `{model_id}` is not complete in the cache ({_first_line(cause)}); "
-            "check the network, HF_ENDPOINT and the proxy settings, or give a local folder"
-        ) from error
-    except EntryNotFoundError as error:
-        raise ConfigError(f"`{model_id}` has no config.json: it is not a transformers model") from error
-    except HfHubHTTPError as error:
-        if error.response.status_code in (401, 403):
-            raise ConfigError(
-                f"the hub refuses `{model_id}` ({error.response.status_code}): accept its licence on its page if it "
-                f"is gated, and {token_hint}"
-            ) from error
-        raise ConfigError(
-            f"the hub answered {error.response.status_code} for `{model_id}`: {_first_line(error)}"
-        ) from error
-    except OSError as error:
-        raise ConfigError(f"`{model_id}` could not be downloaded: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-_ORPHAN = re.compile(r"(?P<etag>[^.]+)\.[0-9a-f]{8}\.incomplete")
-
-
-def remove_orphans(cache_dir: Path, model_id: str) -> None:
-    """Delete partial files whose download was killed: their names are of one process, so nobody will go on with them.
-
-    Whoever downloads a blob holds its lock; a free lock says that nobody does.
+    Only of files that the hub names by their sha256, so that what was put together is checked, and that are not too
+    large for plain HTTP. huggingface_hub downloads the others itself; they are small, or above 50 GB.
     """
-    folder = "models--" + model_id.replace("/", "--")
-    for path in (cache_dir / folder / "blobs").glob("*.incomplete"):
-        match = _ORPHAN.fullmatch(path.name)
-        if match is None:
-            continue
-        lock_path = cache_dir / ".locks" / folder / f"{match['etag']}.lock"
-        with contextlib.suppress(OSError):
-            lock = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o664)
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined] # httpx's, under whichever name
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers  # type: ignore[attr-defined] # loaded on demand
+
+    url = hf_hub_url(model_id, name, revision=snapshot.name)
+    metadata = get_hf_file_metadata(url, token=token)
+    sha256, size = metadata.etag or "", metadata.size
+    if not _SHA256.fullmatch(sha256) or size is None or size > constants.MAX_HTTP_DOWNLOAD_SIZE:
+        return
+    repository = snapshot.parent.parent
+    blob = repository / "blobs" / sha256
+    lock = repository.parent / ".locks" / repository.name / f"{sha256}.lock"
+    for file_path in (blob, lock):
+        file_path.parent.mkdir(parents=True, exist_ok=True)
+    # Another host has an address that is signed, and the token is none of its business.
+    may_see_token = urlsplit(metadata.location)[:2] == urlsplit(url)[:2]
+    headers = build_hf_headers(token=token if may_see_token else False)
+    with WeakFileLock(lock):  # huggingface_hub's own: two launches do not write one file
+        if blob.exists():
+            return
+        incomplete = blob.with_name(f"{sha256}.incomplete")
+        with incomplete.open("a+b") as file:
+            partial = _Partial(file)
+            begin = partial.num_bytes
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-                logger.info("removed %s, left by a download that was killed", path.name)
-            finally:
-                os.close(lock)
+                if begin < size:
+                    _receive(metadata.location, headers, partial, name, size)
+            except HTTPError as error:
+                if partial.num_bytes > begin:
+                    raise BrokenOff(f"at {partial.num_bytes} of {size} bytes, {first_line(error)}") from error
+                raise
+        if partial.num_bytes < size:
+            raise OSError(f"{name} ended at {partial.num_bytes} of {size} bytes")
+        if partial.sha256 != sha256:
+            incomplete.unlink()
+            raise OSError(f"what was received of {name} is not what the hub describes (its sha256 differs)")
+        incomplete.rename(blob)
+
+
+class _Partial:
+    """The bytes of a file that are here, and their digest."""
+
+    def __init__(self, file: BufferedRandom) -> None:
+        self._file = file
+        file.seek(0)
+        self._digest = hashlib.file_digest(file, "sha256")
+        self.num_bytes = file.tell()
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def append(self, chunk: bytes) -> None:
+        self._file.write(chunk)
+        self._file.flush()  # a kill loses nothing
+        self._digest.update(chunk)
+        self.num_bytes += len(chunk)
+
+    def clear(self) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        self._digest = hashlib.sha256()
+        self.num_bytes = 0
+
+
+def _receive(url: str, headers: dict[str, str], partial: _Partial, name: str, size: int) -> None:
+    """Append what is missing."""
+    from huggingface_hub import constants, hf_raise_for_status
+    from huggingface_hub.utils import http_stream_backoff  # type: ignore[attr-defined] # loaded on demand
+
+    headers = headers | {"Accept-Encoding": "identity"}
+    if partial.num_bytes:
+        headers["Range"] = f"bytes={partial.num_bytes}-"
+        logger.info("%s: %d of %d bytes are here already", name, partial.num_bytes, size)
+    with http_stream_backoff(
+        "GET",
+        url,
+        headers=headers,
+        timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+        retry_on_exceptions=(),
+        retry_on_status_codes=(408, 429),
+    ) as response:
+        hf_raise_for_status(response)
+        if response.status_code != 206:  # also where a proxy knows no ranges: it sends all of it
+            partial.clear()
+        with _bars(name)(total=size, initial=partial.num_bytes) as bar:
+            for chunk in response.iter_bytes():
+                partial.append(chunk)
+                bar.update(len(chunk))
+
+
+def _bars(name: str) -> type[Any]:
+    """The class of the bars of one file."""
+    return type("Bar", (_Bar,), {"name": name})
 
 
 class _Bar:
-    """What huggingface_hub uses of a tqdm bar; sends ``progress`` events, at most four a second."""
+    """What huggingface_hub and we use of a tqdm bar; sends ``progress`` events, at most four a second."""
 
     name = ""
     _last_event = 0.0

@@ -5,16 +5,18 @@ from __future__ import annotations
 import fnmatch
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from text_generation_proto.logs import send_event
 
 from text_generation_server.config import EMBEDDED_MODEL, ConfigError
 from text_generation_server.library_logs import route_library_logs
-from text_generation_server.weights.checks import INDEX_FILE, SINGLE_FILE
-from text_generation_server.weights.download import PAUSE_S, explained, fetch_file, remove_orphans, retried
+from text_generation_server.weights.checks import INDEX_FILE, SINGLE_FILE, CorruptWeights, weight_files
+from text_generation_server.weights.download import fetch_file, fetch_weights
+from text_generation_server.weights.hub_errors import PAUSE_S, explained, retried
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,10 @@ IGNORED_FILES = (
     "*/*.safetensors",
     "*.index.json",
 )
+VOCABULARY_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*")
+"""One of them is in every folder that a tokenizer can be made from."""
+TOKENIZER_SETTINGS = "tokenizer_config.json"
+"""Most models have it; chat template and end-of-sequence token are named here."""
 PICKLED_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
 
@@ -48,18 +54,24 @@ def find_model(
     model_id: str, revision: str | None, env: Mapping[str, str], *, trust_remote_code: bool = False
 ) -> ModelSource:
     """The model's folder for ``serve``: what is on this machine already, else a download. Raises: ConfigError."""
-    return _local(model_id, revision, env) or _download(model_id, revision, env, trust_remote_code=trust_remote_code)
+    local = _local(model_id, revision, env, trust_remote_code=trust_remote_code)
+    return local or _download(model_id, revision, env, trust_remote_code=trust_remote_code)
 
 
 def download_and_report(
     model_id: str, revision: str | None, env: Mapping[str, str], *, trust_remote_code: bool
 ) -> None:
     """``download-weights``: make the model local and say where, in a ``resolved`` event. Raises: ConfigError."""
-    source = _local(model_id, revision, env)
-    if source is not None:
+    source = _local(model_id, revision, env, trust_remote_code=trust_remote_code)
+    if source is not None and (not source.sha or (source.folder / TOKENIZER_SETTINGS).is_file()):
         logger.info("Files are already present on the host. Skipping download.")
     else:
-        source = _download(model_id, revision, env, trust_remote_code=trust_remote_code)
+        try:
+            source = _download(model_id, revision, env, trust_remote_code=trust_remote_code)
+        except ConfigError as error:
+            if source is None:
+                raise
+            logger.warning("the cache has no %s, perhaps no chat template: %s", TOKENIZER_SETTINGS, error)
     send_event(
         "resolved",
         f"model files are in {source.folder}",
@@ -95,18 +107,18 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
 
 
-def _local(model_id: str, revision: str | None, env: Mapping[str, str]) -> ModelSource | None:
-    """The model if all its files are on this machine."""
+def _local(
+    model_id: str, revision: str | None, env: Mapping[str, str], *, trust_remote_code: bool
+) -> ModelSource | None:
+    """The model if all that a start needs is on this machine."""
+    if override := env.get("WEIGHTS_CACHE_OVERRIDE"):
+        return _own_folder("WEIGHTS_CACHE_OVERRIDE", override)
     if model_id == EMBEDDED_MODEL:
         from text_generation_server.embedded_model import embedded_model_path
 
         return ModelSource(embedded_model_path(), pipeline_tag="text-generation")
-    for what, text in (("WEIGHTS_CACHE_OVERRIDE", env.get("WEIGHTS_CACHE_OVERRIDE")), ("the model's folder", model_id)):
-        if text and (what == "WEIGHTS_CACHE_OVERRIDE" or Path(text).is_dir()):
-            folder = Path(text).expanduser().resolve()
-            if not (folder / "config.json").is_file():
-                raise ConfigError(f"{what} {folder} has no config.json")
-            return ModelSource(folder)
+    if Path(model_id).is_dir():
+        return _own_folder("the model's folder", model_id)
     if model_id.startswith(("/", "./", "../", "~")):
         raise ConfigError(f"there is no folder {model_id}")
     from huggingface_hub import hf_hub_download
@@ -121,19 +133,53 @@ def _local(model_id: str, revision: str | None, env: Mapping[str, str]) -> Model
     except HFValidationError as error:
         raise ConfigError(f"`{model_id}` is neither a folder nor a model id of the hub: {error}") from error
     folder = Path(path).parent
-    return ModelSource(folder, sha=folder.name) if _is_complete(folder) else None
+    if missing := _missing(folder, trust_remote_code=trust_remote_code):
+        logger.info("the cache has a part of %s: %s is missing", model_id, missing)
+        return None
+    return ModelSource(folder, sha=folder.name)
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether the weights of a cached snapshot are all there."""
-    index_file = folder / INDEX_FILE
-    if not index_file.is_file():
-        return (folder / SINGLE_FILE).is_file()
+def _own_folder(what: str, text: str) -> ModelSource:
+    folder = Path(text).expanduser().resolve()
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{what} {folder} has no config.json")
+    return ModelSource(folder)
+
+
+def _missing(folder: Path, *, trust_remote_code: bool) -> str | None:
+    """What a cached snapshot lacks of what no start can do without; other programs fetch only what they use."""
     try:
-        names = set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return False
-    return all((folder / str(name)).is_file() for name in names)
+        needed = weight_files(folder)
+    except CorruptWeights:
+        return INDEX_FILE
+    if trust_remote_code:
+        needed += sorted(_code_files(folder))
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if not any(_matches(path.name, VOCABULARY_FILES) and path.is_file() for path in folder.iterdir()):
+        missing.append("a tokenizer")
+    return missing[0] if missing else None
+
+
+def _code_files(folder: Path) -> set[str]:
+    """The code that a model's settings name (``file.Class``), without that of other repositories (``repo--…``)."""
+    names = set()
+    for settings_file in ("config.json", TOKENIZER_SETTINGS):
+        try:
+            settings = json.loads((folder / settings_file).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        auto_map = settings.get("auto_map") if isinstance(settings, dict) else None
+        names |= {f"{reference.split('.')[0]}.py" for reference in _texts(auto_map) if "--" not in reference}
+    return names
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The strings in a JSON value, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
 
 
 def _cache_dir(env: Mapping[str, str]) -> str | None:
@@ -152,12 +198,17 @@ def _download(model_id: str, revision: str | None, env: Mapping[str, str], *, tr
         # By name, and so that the cache learns which commit the name means; everything after it is of that commit.
         config_file = fetch_file(model_id, "config.json", revision, cache_dir, token, pause_s)
         sha = config_file.parent.name
-        details = retried(lambda: HfApi(token=token).model_info(model_id, revision=sha), "the list of files", pause_s)
+        details = retried(
+            lambda: HfApi(token=token).model_info(model_id, revision=sha, timeout=constants.HF_HUB_ETAG_TIMEOUT),
+            "the list of files",
+            pause_s,
+        )
         names = [sibling.rfilename for sibling in details.siblings or []]
         weights, support = choose_files(names)
         if trust_remote_code:
             support += sorted(name for name in names if _matches(name, CODE_FILES))
-        remove_orphans(Path(cache_dir), model_id)
-        for name in (*support, *weights):
+        for name in support:
             fetch_file(model_id, name, sha, cache_dir, token, pause_s)
+        for name in weights:
+            fetch_weights(model_id, name, config_file.parent, token, pause_s)
     return ModelSource(config_file.parent, sha=sha, pipeline_tag=details.pipeline_tag or "")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 from text_generation_server.config import ConfigError
-from text_generation_server.weights.checks import CorruptWeights, check_file, check_folder
+from text_generation_server.weights.checks import CorruptWeights, check_file, check_folder, weight_files
 
 TENSORS = {"a": torch.arange(6, dtype=torch.float32).view(2, 3), "b": torch.ones(5, dtype=torch.bfloat16)}
 INTACT = save(TENSORS)
@@ -131,11 +131,13 @@ def sharded(folder: Path, weight_map: dict[str, str], files: dict[str, list[str]
 
 
 def test_an_index_with_all_its_files_passes(tmp_path: Path) -> None:
+    assert weight_files(tmp_path) == ["model.safetensors"], "without an index there is one file"
     check_folder(
         sharded(
             tmp_path, {"a": "1.safetensors", "b": "2.safetensors"}, {"1.safetensors": ["a"], "2.safetensors": ["b"]}
         )
     )
+    assert weight_files(tmp_path) == ["1.safetensors", "2.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -1,117 +1,109 @@
-"""The real huggingface_hub against a hub on a local port, each download in a process of its own."""
+"""Which files a model is made of, and which of them are here: against a hub on a local port."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx2
 import pytest
+from downloading import FILES, WEIGHTS, Outcome, download
 from fake_hub import SHA, FakeHub, Repository, served
-from huggingface_hub.errors import LocalEntryNotFoundError
 from text_generation_server.config import ConfigError
-from text_generation_server.weights.download import explained
 from text_generation_server.weights.hub import choose_files, find_model
 
-WEIGHTS = bytes(range(256)) * 4000
-FILES = {
-    "config.json": b'{"model_type": "llama"}',
-    "model.safetensors": WEIGHTS,
-    "tokenizer.json": b"{}",
-    "README.md": b"read me",
-    "modeling_custom.py": b"raise SystemExit",
-    "pytorch_model.bin": b"\x80\x04",
-}
+CODE_MODEL = {**FILES, "config.json": b'{"auto_map": {"AutoModel": "modeling_custom.Model", "AutoConfig": "a/b--c.D"}}'}
 
 
-@dataclass
-class Outcome:
-    code: int
-    lines: list[dict[str, Any]]
-
-    @property
-    def errors(self) -> list[str]:
-        return [line["message"] for line in self.lines if line["level"] == "ERROR"]
-
-    def events(self, name: str) -> list[dict[str, Any]]:
-        return [line for line in self.lines if line.get("event") == name]
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with served(org__model=Repository(FILES), org__code=Repository(CODE_MODEL)) as hub:
+        yield hub
 
 
-def download(hub: FakeHub, home: Path, *arguments: str, **env: str) -> Outcome:
-    """Run ``download-weights`` as the launcher does."""
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TGI_"))}
-    process = subprocess.run(
-        [sys.executable, "-m", "text_generation_server", "download-weights", *arguments],
-        env=clean | {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "TGI_DOWNLOAD_PAUSE_S": "0.05", **env},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+def contents(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_download_brings_what_is_needed_and_says_where(hub: FakeHub, tmp_path: Path) -> None:
+    outcome = download(hub, tmp_path, "org/model")
+    assert (outcome.code, outcome.errors) == (0, [])
+    (resolved,) = outcome.events("resolved")
+    assert contents(outcome.folder) == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert (outcome.folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert (resolved["sha"], resolved["pipeline_tag"]) == (SHA, "text-generation")
+    (last,) = [event for event in outcome.events("progress") if event["file"] == "model.safetensors"][-1:]
+    assert (last["done"], last["total"], last["unit"]) == (len(WEIGHTS), len(WEIGHTS), "bytes")
+
+    hub.requests.clear()
+    again = download(hub, tmp_path, "org/model")
+    assert again.code == 0 and not any("org/model" in path for _, path, _ in hub.requests), (
+        "the second time needs no network"
     )
-    assert process.stdout == ""
-    return Outcome(process.returncode, [json.loads(line) for line in process.stderr.splitlines()])
-
-
-def test_a_download_brings_what_is_needed_and_says_where(tmp_path: Path) -> None:
-    with served(org__model=Repository(FILES)) as hub:
-        outcome = download(hub, tmp_path, "org/model")
-        assert (outcome.code, outcome.errors) == (0, [])
-        (resolved,) = outcome.events("resolved")
-        folder = Path(resolved["folder"])
-        assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
-        assert (folder / "model.safetensors").read_bytes() == WEIGHTS
-        assert (resolved["sha"], resolved["pipeline_tag"]) == (SHA, "text-generation")
-        (last,) = [event for event in outcome.events("progress") if event["file"] == "model.safetensors"][-1:]
-        assert (last["done"], last["total"], last["unit"]) == (len(WEIGHTS), len(WEIGHTS), "bytes")
-
-        hub.requests.clear()
-        again = download(hub, tmp_path, "org/model")
-        assert again.code == 0 and not any("org/model" in path for _, path, _ in hub.requests), (
-            "the second time needs no network"
-        )
-        assert again.lines[0]["message"] == "Files are already present on the host. Skipping download."
-        assert again.events("resolved")[0]["folder"] == str(folder)
+    assert again.lines[0]["message"] == "Files are already present on the host. Skipping download."
+    assert again.folder == outcome.folder
 
     offline = download(hub, tmp_path, "org/model", HF_HUB_OFFLINE="1")
     assert offline.code == 0 and offline.events("resolved")[0]["sha"] == SHA
 
 
-def test_code_is_downloaded_only_for_who_trusts_it(tmp_path: Path) -> None:
-    with served(org__model=Repository(FILES)) as hub:
-        outcome = download(hub, tmp_path, "org/model", "--trust-remote-code")
-    assert (Path(outcome.events("resolved")[0]["folder"]) / "modeling_custom.py").is_file()
+def test_code_is_downloaded_only_for_who_trusts_it(hub: FakeHub, tmp_path: Path) -> None:
+    outcome = download(hub, tmp_path, "org/code", "--trust-remote-code")
+    assert "modeling_custom.py" in contents(outcome.folder)
+    again = download(hub, tmp_path, "org/code", "--trust-remote-code")
+    assert "Files are already present on the host. Skipping download." in [line["message"] for line in again.lines]
 
 
-def test_a_cut_connection_is_resumed_where_it_broke(tmp_path: Path) -> None:
-    chunk = 10 * 2**20  # what huggingface_hub writes at a time
-    weights = WEIGHTS * 25
-    with served(org__model=Repository({**FILES, "model.safetensors": weights})) as hub:
-        hub.cut_after["model.safetensors"] = [chunk + 1000, chunk + 1000]
-        outcome = download(hub, tmp_path, "org/model")
-        assert outcome.code == 0
-        assert hub.downloads("model.safetensors") == ["", f"bytes={chunk}-", f"bytes={2 * chunk}-"]
-        folder = Path(outcome.events("resolved")[0]["folder"])
-        assert (folder / "model.safetensors").read_bytes() == weights
+def test_code_is_downloaded_when_it_is_trusted_later(hub: FakeHub, tmp_path: Path) -> None:
+    outcome = download(hub, tmp_path, "org/code")
+    assert "modeling_custom.py" not in contents(outcome.folder)
+    offline = download(hub, tmp_path, "org/code", "--trust-remote-code", HF_HUB_OFFLINE="1")
+    (error,) = offline.errors
+    assert offline.code == 1 and error.startswith("`org/code` is not complete in the cache and HF_HUB_OFFLINE is set")
+    assert "the cache has a part of org/code: modeling_custom.py is missing" in offline.lines[0]["message"]
+
+    hub.requests.clear()
+    assert download(hub, tmp_path, "org/code", "--trust-remote-code").code == 0
+    assert "modeling_custom.py" in contents(outcome.folder)
+    assert hub.downloads("modeling_custom.py") == [""] and hub.downloads("model.safetensors") == []
 
 
-def test_a_file_is_tried_five_times(tmp_path: Path) -> None:
-    with served(org__model=Repository(FILES)) as hub:
-        hub.failures["tokenizer.json"] = [500, 500, 500, 500]
-        outcome = download(hub, tmp_path, "org/model")
-        assert outcome.code == 0
-        assert sum("try 4 of 5 failed" in line["message"] for line in outcome.lines) == 1
+@pytest.mark.parametrize("removed", [["tokenizer.json", "tokenizer_config.json"], ["tokenizer_config.json"]])
+def test_what_another_program_has_not_fetched_is_downloaded(hub: FakeHub, tmp_path: Path, removed: list[str]) -> None:
+    outcome = cached_in_part(hub, tmp_path, removed)
+    hub.requests.clear()
+    assert download(hub, tmp_path, "org/model").code == 0
+    assert set(removed) < set(contents(outcome.folder))
+    assert hub.downloads("model.safetensors") == []
 
 
-def test_a_revision_is_looked_up_by_its_name(tmp_path: Path) -> None:
-    with served(org__model=Repository(FILES)) as hub:
-        assert download(hub, tmp_path, "org/model", "--revision", SHA).code == 0
-        outcome = download(hub, tmp_path, "org/model", "--revision", "nope")
-        assert (outcome.code, outcome.errors) == (1, ["`org/model` has no revision `nope`; check --revision"])
+def test_offline_a_model_without_a_tokenizer_is_refused(hub: FakeHub, tmp_path: Path) -> None:
+    cached_in_part(hub, tmp_path, ["tokenizer.json", "tokenizer_config.json"])
+    offline = download(hub, tmp_path, "org/model", HF_HUB_OFFLINE="1")
+    (error,) = offline.errors
+    assert offline.code == 1 and error.startswith("`org/model` is not complete in the cache and HF_HUB_OFFLINE is set")
+
+
+def test_offline_a_model_without_its_chat_template_is_served(hub: FakeHub, tmp_path: Path) -> None:
+    outcome = cached_in_part(hub, tmp_path, ["tokenizer_config.json"])
+    offline = download(hub, tmp_path, "org/model", HF_HUB_OFFLINE="1")
+    assert (offline.code, offline.folder) == (0, outcome.folder)
+    (warning,) = [line["message"] for line in offline.lines if line["level"] == "WARNING"]
+    assert warning.startswith("the cache has no tokenizer_config.json, perhaps no chat template: `org/model` is not")
+
+
+def cached_in_part(hub: FakeHub, home: Path, removed: list[str]) -> Outcome:
+    """The cache as a program leaves it that has no use for some of the files."""
+    outcome = download(hub, home, "org/model")
+    for name in removed:
+        (outcome.folder / name).resolve().unlink()
+        (outcome.folder / name).unlink()
+    return outcome
+
+
+def test_a_revision_is_looked_up_by_its_name(hub: FakeHub, tmp_path: Path) -> None:
+    assert download(hub, tmp_path, "org/model", "--revision", SHA).code == 0
+    outcome = download(hub, tmp_path, "org/model", "--revision", "nope")
+    assert (outcome.code, outcome.errors) == (1, ["`org/model` has no revision `nope`; check --revision"])
 
 
 @pytest.mark.parametrize(
@@ -144,25 +136,9 @@ def test_what_cannot_be_downloaded_is_one_line_with_a_remedy(
     assert not outcome.events("resolved")
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line_too() -> None:
-    # Not through a real download: the library itself tries for half a minute.
-    message = r"cannot be reached .*ConnectError: refused.*check the network"
-    with pytest.raises(ConfigError, match=message), explained("org/model", None, has_token=False):
-        raise LocalEntryNotFoundError("long story") from httpx2.ConnectError("refused")
-
-
 def test_a_token_opens_a_gated_model(tmp_path: Path) -> None:
     with served(org__gated=Repository(FILES, gated=True)) as hub:
         assert download(hub, tmp_path, "org/gated", HF_TOKEN="hf_x").code == 0
-
-
-def test_what_a_killed_download_left_is_removed(tmp_path: Path) -> None:
-    blobs = tmp_path / "hub/models--org--model/blobs"
-    blobs.mkdir(parents=True)
-    (blobs / f"{'a' * 64}.0123abcd.incomplete").write_bytes(b"half")
-    with served(org__model=Repository(FILES)) as hub:
-        assert download(hub, tmp_path, "org/model").code == 0
-    assert not list(blobs.glob("*.incomplete"))
 
 
 @pytest.mark.parametrize(
@@ -199,5 +175,13 @@ def test_folders_are_taken_as_they_are(tmp_path: Path) -> None:
         find_model(str(tmp_path), None, {})
     (tmp_path / "config.json").write_text("{}")
     assert find_model(str(tmp_path), None, {}).folder == tmp_path.resolve()
-    assert find_model("org/model", None, {"WEIGHTS_CACHE_OVERRIDE": str(tmp_path)}).folder == tmp_path.resolve()
     assert find_model("embedded", None, {}).folder.name == "files"
+
+
+@pytest.mark.parametrize("model_id", ["org/model", "embedded", "."])
+def test_the_override_replaces_every_model(tmp_path: Path, model_id: str) -> None:
+    env = {"WEIGHTS_CACHE_OVERRIDE": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"WEIGHTS_CACHE_OVERRIDE .* has no config\.json"):
+        find_model(model_id, None, env)
+    (tmp_path / "config.json").write_text("{}")
+    assert find_model(model_id, None, env).folder == tmp_path.resolve()
