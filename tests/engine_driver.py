@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 
@@ -14,6 +15,7 @@ from text_generation_server.engine.memory import KVPlan, WarmupLimits
 from text_generation_server.engine.steps import Chunk, NewSequence, Step, StepResult
 from text_generation_server.generation.parameters import SamplingParameters
 from text_generation_server.generation.sampler import SamplingRow, sample
+from torch import Tensor
 
 GREEDY = SamplingParameters()
 NUM_BLOCKS = 64
@@ -57,9 +59,11 @@ def oracle_tokens(token_ids: Sequence[int], count: int, sampling: SamplingParame
 
 
 class Driver:
-    def __init__(self, engine: Engine, runner: FakeRunner) -> None:
+    def __init__(self, engine: Engine, runner: FakeRunner, running: Future[None]) -> None:
         self.engine = engine
         self.runner = runner
+        self.running = running
+        """The engine's thread."""
         self.epoch = 0
         self.step_id = 0
         self.outputs: dict[int, list[int]] = {}
@@ -100,10 +104,21 @@ class Driver:
         self.engine.clear(self.epoch).result(10)
         self.outputs.clear()
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is submitted inside is queued before the first of it has run."""
+        self.runner.gate = threading.Event()
+        yield
+        self.runner.gate.set()
+
 
 @contextmanager
 def driven(
-    *, run_ahead: bool = False, runner: FakeRunner | None = None, num_blocks: int = NUM_BLOCKS
+    *,
+    run_ahead: bool = False,
+    runner: FakeRunner | None = None,
+    num_blocks: int = NUM_BLOCKS,
+    broadcast: Callable[[Tensor], None] | None = None,
 ) -> Iterator[Driver]:
     runner = runner or FakeRunner()
     engine = Engine(
@@ -111,13 +126,14 @@ def driven(
         lambda runner, limits: KVPlan(num_blocks=num_blocks, derivation="fixed"),
         block_size=BLOCK_SIZE,
         prefill_logprobs=True,
+        broadcast=broadcast,
         run_ahead=run_ahead,
         compute=compute_thread(1),
     )
-    engine.start()
+    running = engine.start()
     engine.warm_up(WarmupLimits()).result(10)
     try:
-        yield Driver(engine, runner)
+        yield Driver(engine, runner, running)
     finally:
         assert engine.stop(10)
 

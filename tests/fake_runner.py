@@ -1,14 +1,15 @@
 """A model runner without a model: logits are a pure function of the tokens that its paged cache holds.
 
 It really goes through slots and block tables, so a wrong slot, a stale block or a missing token changes the output,
-and `oracle_logits` says what the output must be.
+and `oracle_logits` says what the output must be. Blocks are read whole, as attention does: not-a-number in a slot
+behind the context spoils the row.
 """
 
 from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -19,11 +20,13 @@ from torch import Tensor
 VOCAB_SIZE = 64
 BLOCK_SIZE = 4
 NAN_TOKEN = 60
-"""A context that holds it gives logits that are not a number."""
+"""A context that holds it gives logits that are not a number, and so do blocks that hold it behind the context."""
 MEMORY_TOKEN = 61
 """A step that computes it runs out of memory."""
 CRASH_TOKEN = 62
 """A step that computes it raises."""
+DEVICE_TOKEN = 63
+"""A step that computes it leaves the device unusable."""
 
 
 def oracle_logits(context: Iterable[int]) -> Tensor:
@@ -51,7 +54,6 @@ class FakeRunner:
             max_position_embeddings=max_positions,
             window_size=0,
             kv_bytes_per_token=8,
-            weight_bytes=0,
         )
         self.block_size = block_size
         self.cache = torch.zeros(0, dtype=torch.int64)
@@ -61,6 +63,7 @@ class FakeRunner:
         """Set by the first forward pass."""
         self.gate: threading.Event | None = None
         """A forward pass waits for it when it is set to one."""
+        self.on_progress: Callable[[], None] = lambda: None
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
         self.cache = torch.full(((num_blocks + 1) * self.block_size,), -1)
@@ -84,6 +87,8 @@ class FakeRunner:
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
         if CRASH_TOKEN in ids:
             raise ValueError("the model is broken")
+        if DEVICE_TOKEN in ids:
+            raise torch.AcceleratorError("CUDA error: device-side assert triggered\nand many more lines")
         self.cache[inputs.slots_T] = ids[: inputs.slots_T.shape[0]]
         wanted = set(inputs.logits_indices_L.tolist())
         rows: list[Tensor] = []
@@ -91,12 +96,18 @@ class FakeRunner:
         for query_len, context_len, table in zip(
             inputs.query_lens, inputs.context_lens, inputs.block_tables, strict=True
         ):
-            slots = [table[p // self.block_size] * self.block_size + p % self.block_size for p in range(context_len)]
-            context = self.cache[slots].tolist()
+            num_blocks = -(-context_len // self.block_size)
+            slots = [
+                block * self.block_size + place for block in table[:num_blocks] for place in range(self.block_size)
+            ]
+            read = self.cache[slots].tolist()
+            context = read[:context_len]
+            if NAN_TOKEN in context:  # what is computed from not-a-number is none either
+                self.cache[slots[context.index(NAN_TOKEN) : context_len]] = NAN_TOKEN
             for place in range(query_len):
                 position = context_len - query_len + place
                 assert int(inputs.position_ids_T[offset + place]) == position
                 if offset + place in wanted:
-                    rows.append(oracle_logits(context[: position + 1]))
+                    rows.append(oracle_logits(read if NAN_TOKEN in read else context[: position + 1]))
             offset += query_len
         return torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE)

@@ -1,4 +1,7 @@
-"""A model run by two ranks over gloo, each in its own process. A module of its own: the processes import it."""
+"""A model run by two ranks over gloo, each in its own process. A module of its own: the processes import it.
+
+As a program it is ``text-generation-server`` for a model that breaks in the second step of rank 1.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,12 @@ from typing import Any
 import paged_driver
 import torch
 import torch.multiprocessing as multiprocessing
-from text_generation_server import distributed
+from text_generation_server import cli, distributed, shard
 from text_generation_server.config import ConfigError, ShardConfig
+from text_generation_server.engine.inputs import ForwardInputs
 from text_generation_server.model.loader import load_model
+from text_generation_server.model.transformers_runner import TransformersRunner
+from torch import Tensor
 
 PROMPTS = paged_driver.random_prompts(6)
 MAX_NEW_TOKENS = 12
@@ -66,3 +72,24 @@ def two_ranks(folders: dict[str, Path]) -> dict[tuple[int, str], tuple[Any, int]
     for rank in ranks:
         rank.join(timeout=30)
     return results
+
+
+def load_broken(config: ShardConfig, *arguments: Any) -> TransformersRunner:
+    runner = load_model(config, *arguments)
+    forward, num_steps = runner.forward, 0
+
+    def break_down(inputs: ForwardInputs) -> Tensor:
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 2:
+            raise ValueError("the model broke down\nin many lines")
+        return forward(inputs)
+
+    if config.rank == 1:
+        runner.forward = break_down  # type: ignore[method-assign]
+    return runner
+
+
+if __name__ == "__main__":
+    shard.load_model = load_broken  # type: ignore[attr-defined, assignment]
+    cli.app()

@@ -39,7 +39,7 @@ class SequenceDetokenizer:
     """The text of one sequence, piece by piece.
 
     A piece is "" while a character is incomplete; a later one then carries all of it. The pieces and `rest`
-    concatenate to the text of all ids.
+    concatenate to the text of all ids. An answer that ends within a character leaves the rest out.
     """
 
     __slots__ = ("_held_ids", "_num_unshown", "_recent_ids", "_shown", "_stream", "_tokenizer")

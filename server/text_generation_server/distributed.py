@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 JOIN_TIMEOUT = datetime.timedelta(minutes=5)
-"""For all ranks to meet, and for a peer in a collective: past it a rank fails, and the launcher restarts the group."""
+"""For all ranks to meet, and for a peer in a collective: past it a rank fails, and its process ends with it."""
 
 
 @dataclass(frozen=True, slots=True)

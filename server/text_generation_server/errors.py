@@ -30,3 +30,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     # The CPU allocator has no class of its own: only its name in the text tells.
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def first_line(error: BaseException) -> str:
+    """Class and first line of an error, for a sentence of ours: a library's text may go on for pages."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from typing import NoReturn
@@ -24,13 +25,16 @@ def serve(config: ShardConfig, env: Mapping[str, str]) -> NoReturn:
     _handle_signals(config)
     seconds: dict[str, float] = {}
     try:
-        with timed(seconds, "find"):
-            source = find_model(config.model_id, config.revision, env, trust_remote_code=config.trust_remote_code)
-            check_folder(source.folder)
-        with timed(seconds, "import"):
-            from text_generation_server.shard import run_shard
-        code = run_shard(config, source, env, seconds)
-    except SystemExit:  # of a signal: everything above is cleaned up now
+        # Loading is cut off in the middle by a signal: what it made for itself lies in here, and goes with it.
+        with tempfile.TemporaryDirectory(prefix="text-generation-shard-", ignore_cleanup_errors=True) as folder:
+            tempfile.tempdir = folder
+            with timed(seconds, "find"):
+                source = find_model(config.model_id, config.revision, env, trust_remote_code=config.trust_remote_code)
+                check_folder(source.folder)
+            with timed(seconds, "import"):
+                from text_generation_server.shard import run_shard
+            code = run_shard(config, source, env, seconds)
+    except SystemExit:  # of a signal
         code = 0
     end_process(code)
 

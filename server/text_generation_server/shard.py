@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,13 @@ from text_generation_server.engine.memory import (
     available_cpu_bytes,
     plan_kv_blocks,
 )
+from text_generation_server.errors import first_line
 from text_generation_server.library_logs import route_library_logs
 from text_generation_server.model.loader import load_model
 from text_generation_server.model.runner import ModelRunner
 from text_generation_server.rpc.server import listen
 from text_generation_server.rpc.service import TextGenerationService
-from text_generation_server.serve import end_process, stop_signals, timed
+from text_generation_server.serve import stop_signals, timed
 from text_generation_server.weights.download import EVENT_INTERVAL_S
 from text_generation_server.weights.hub import ModelSource
 from text_generation_server.weights.tokenizer import tokenizer_eos_ids, tokenizer_folder
@@ -43,10 +45,14 @@ logger = logging.getLogger(__name__)
 
 STOP_TIMEOUT_S = 5.0
 """For the step that runs when the shard is told to end; a rank whose peers are gone would wait for ever."""
+FAREWELL_S = 1.0
+"""For the router to read why the last step failed, when the shard ends with it."""
 
 
 def run_shard(config: ShardConfig, source: ModelSource, env: Mapping[str, str], seconds: dict[str, float]) -> int:
-    """Serve ``source`` until SIGTERM; returns the exit code. ``seconds`` has what starting took so far, by step.
+    """Serve ``source`` until SIGTERM, or until no step can be computed any more; returns the exit code.
+
+    ``seconds`` has what starting took so far, by step.
 
     Raises: ConfigError if it cannot start.
     """
@@ -72,17 +78,21 @@ def run_shard(config: ShardConfig, source: ModelSource, env: Mapping[str, str], 
         # What is alive now stays: no collection between two steps looks at a million objects of the libraries again.
         gc.collect()
         gc.freeze()
-        code = asyncio.run(_serve(config, engine, _info(config, source, runner, tokenizer), seconds))
-    compute.submit(group.close).result()
+        running = engine.start()
+        code = asyncio.run(_serve(config, engine, running, _info(config, source, runner, tokenizer), seconds))
+    if running.done() and running.exception() is None:  # else it would wait for peers that are gone
+        compute.submit(group.close).result()
     return code
 
 
-async def _serve(config: ShardConfig, engine: Engine, info: pb.InfoResponse, seconds: dict[str, float]) -> int:
+async def _serve(
+    config: ShardConfig, engine: Engine, running: Future[None], info: pb.InfoResponse, seconds: dict[str, float]
+) -> int:
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in stop_signals(config):
         loop.add_signal_handler(number, ended.set)
-    engine.start()
+    running.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
     try:
         with timed(seconds, "listen"):
             listener = await listen(TextGenerationService(engine, info), Path(f"{config.uds_path}-{config.rank}"))
@@ -90,15 +100,24 @@ async def _serve(config: ShardConfig, engine: Engine, info: pb.InfoResponse, sec
             rounded = {step: round(duration, 3) for step, duration in seconds.items()}
             send_event("ready", f"shard {config.rank} listens on {listener.url}", rank=config.rank, seconds=rounded)
             await ended.wait()
-            logger.info("shard %d ends", config.rank)
+            code = _say_why(config.rank, running)
         finally:
-            await listener.close()
+            await listener.close(FAREWELL_S if running.done() else 0.0)
     finally:
-        if not engine.stop(STOP_TIMEOUT_S):
-            # A step hangs in a collective or a kernel: closing the group would wait for it.
+        if not engine.stop(STOP_TIMEOUT_S):  # it hangs in a collective or a kernel
             logger.warning("the running step did not end within %g s", STOP_TIMEOUT_S)
-            end_process(0)
-    return 0
+    return code
+
+
+def _say_why(rank: int, running: Future[None]) -> int:
+    """Log why a shard ends; returns its exit code."""
+    error = running.exception() if running.done() else None
+    if error is None:
+        logger.info("shard %d ends", rank)
+        return 0
+    logger.error("shard %d ends, it can compute no further step: %s", rank, first_line(error))
+    logger.debug("traceback", exc_info=error)
+    return 1
 
 
 def _num_threads(config: ShardConfig, env: Mapping[str, str]) -> int | None:
@@ -196,5 +215,5 @@ def _info(config: ShardConfig, source: ModelSource, runner: ModelRunner, tokeniz
         max_position_embeddings=info.max_position_embeddings,
         window_size=info.window_size,
         prefill_logprobs=config.prefill_logprobs,
-        pipeline_tag=source.pipeline_tag,
+        pipeline_tag=source.pipeline_tag or config.pipeline_tag,
     )

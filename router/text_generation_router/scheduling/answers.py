@@ -36,10 +36,7 @@ class Answer:
         queued.output_ids.append(token_id)
         index = len(queued.output_ids)
         special = token_id in detokenizer.special_ids
-        piece = self.text.step(token_id)
-        if index >= self.rules.max_new_tokens and not special:
-            piece += self.text.rest()
-        reason, piece = self.rules.check(index, token_id, piece, special=special)
+        reason, piece = self.rules.check(index, token_id, self.text.step(token_id), special=special)
         if piece and not special:
             self.pieces.append(piece)
         top_tokens = None

@@ -22,11 +22,23 @@ from text_generation_server.attention.interface import LayerCache, LayerSpec
 from text_generation_server.engine.inputs import ForwardInputs
 
 QUERY_BLOCK = 512
-"""Queries of a chunk that are scored at once where a mask is needed: bounds the memory of mask and scores."""
+"""Queries of a chunk that are scored at once where a mask is needed, at most."""
+SCORE_BYTES = 64 * 2**20
+"""The scores of these queries, or their mask where scores are never written out, unless a single query has more."""
+EXPLICIT_BYTES = 12
+"""Of one score where all are written out: the product, in float32, as a weight, and that in the model's own dtype."""
+MASK_BYTES = 64 * 2**20
+"""Masks of a step's chunks that its layers share, at most; others are made again in every layer."""
+CHUNK_TILE = 64
+"""To a multiple of this, queries and keys of a chunk are filled up where torch's attention keeps a compiled kernel for
+each pair of lengths: on a CPU in bfloat16. Measured: 190 KB for each pair, for good."""
 EVEN_ENOUGH = 4096
 """Padded keys a decode group may always hold; beyond it, rows of unlike length are grouped apart."""
 GATHERED_BYTES = 64 * 2**20
-"""Copied keys and values of one layer, at most, unless a single row has more: bounds the memory of a decode group."""
+"""Keys and values of one layer copied for a decode group, and its scores, at most, unless a single row has more."""
+SCRATCH_BYTES = SCORE_BYTES + MASK_BYTES + GATHERED_BYTES
+"""What attention holds beside its result, without what a single row has more: copies of its keys and values are as
+large as what the cache holds of it in one layer."""
 
 
 @dataclass(slots=True)
@@ -74,7 +86,8 @@ class Chunk:
     query_start: int
     query_stop: int
     span: Span
-    masks: dict[int, Tensor | None] = field(default_factory=dict)
+    masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """By the first of the queries and their number."""
 
 
 @dataclass(slots=True)
@@ -101,13 +114,19 @@ class TorchPaged:
         self.dtype = dtype
         self.device = device
         self.sights = sorted({(layer.window, layer.chunk) for layer in layers})
-        widest = max(layer.kv_heads * (layer.key_dim + layer.value_dim) for layer in layers)
-        self.gathered_blocks = max(1, GATHERED_BYTES // (widest * dtype.itemsize * block_size))
+        token_bytes = max(
+            layer.kv_heads * (layer.key_dim + layer.value_dim) * dtype.itemsize + layer.query_heads * EXPLICIT_BYTES
+            for layer in layers
+        )
+        self.gathered_blocks = max(1, GATHERED_BYTES // (token_bytes * block_size))
+        self.tile = CHUNK_TILE if device.type == "cpu" and dtype != torch.float32 else 1
         self._gathered = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
+        self._mask_bytes = 0  # that chunks of the running step hold
 
     # -- once a step ---------------------------------------------------------------------------------------------
 
     def prepare(self, inputs: ForwardInputs) -> Plan:
+        self._mask_bytes = 0
         return Plan(
             slots_T=inputs.slots_T,
             num_tokens=inputs.slots_T.shape[0],
@@ -264,28 +283,54 @@ class TorchPaged:
         scores: Scores,
         out_NHE: Tensor,
     ) -> None:
-        """Attend causally from the chunk's queries, which are the last N of the L keys; fills ``out_NHE``."""
-        num_queries, num_keys = query_HND.shape[1], keys_KLD.shape[1]
-        limited = 0 < layer.window < num_keys or layer.chunk > 0
-        if scores.plain and num_queries == num_keys and not limited and keys_KLD.shape[2] == values_KLE.shape[2]:
-            out_NHE.copy_(scores.fused(query_HND, keys_KLD, values_KLE, mask=None, is_causal=True).transpose(0, 1))
-            return
-        for first in range(0, num_queries, QUERY_BLOCK):
-            last = min(first + QUERY_BLOCK, num_queries)
-            stop = num_keys - num_queries + last  # keys after the block's last query are hidden from all of it
-            mask_NL = self._mask(layer, chunk, first, last, stop)
-            queries, keys, values = query_HND[:, first:last], keys_KLD[:, :stop], values_KLE[:, :stop]
-            attended = (scores.fused if scores.plain else scores.explicit)(queries, keys, values, mask_NL)
-            out_NHE[first:last] = attended.transpose(0, 1)
+        """Attend causally from the chunk's queries, which are the last N of the L keys; fills ``out_NHE``.
 
-    def _mask(self, layer: LayerSpec, chunk: Chunk, first: int, last: int, stop: int) -> Tensor:
-        """Additive mask of queries ``first .. last`` of a chunk over the first ``stop`` keys of its span; [N, L]."""
-        cached = chunk.masks.get(first)
+        Keys are filled up at the end, where causality hides them; queries too, and those results are dropped. So is
+        what keys or values are narrower: torch's attention holds no scores only where both have one width.
+        """
+        num_queries, num_keys, num_values = query_HND.shape[1], keys_KLD.shape[1], values_KLE.shape[2]
+        limited = 0 < layer.window < num_keys or layer.chunk > 0
+        width = max(keys_KLD.shape[2], num_values)
+        query_HND = self._filled(query_HND, width)
+        keys_KLD, values_KLE = self._filled(keys_KLD, width), self._filled(values_KLE, width)
+        if scores.plain and num_queries == num_keys and not limited:
+            attended = scores.fused(query_HND, keys_KLD, values_KLE, mask=None, is_causal=True)
+            out_NHE.copy_(attended[:, :num_queries, :num_values].transpose(0, 1))
+            return
+        block = self._query_block(layer, scores, num_keys)
+        for first in range(0, num_queries, block):
+            last = min(first + block, num_queries)
+            queries = query_HND[:, first : first + block]
+            stop = self._full(num_keys - num_queries + last)  # later keys are hidden from all of the block
+            keys, values = keys_KLD[:, :stop], values_KLE[:, :stop]
+            mask_NL = self._mask(layer, chunk, first, queries.shape[1], stop)
+            attended = (scores.fused if scores.plain else scores.explicit)(queries, keys, values, mask_NL)
+            out_NHE[first:last] = attended[:, : last - first, :num_values].transpose(0, 1)
+
+    def _query_block(self, layer: LayerSpec, scores: Scores, num_keys: int) -> int:
+        """How many queries of a chunk are scored at once: whole tiles, if as many fit."""
+        bytes_per_pair = layer.query_heads * EXPLICIT_BYTES
+        if scores.plain:
+            bytes_per_pair = self.dtype.itemsize + 2  # the mask, and what it is made of
+        fitting = max(1, SCORE_BYTES // (bytes_per_pair * num_keys))
+        return min(QUERY_BLOCK, fitting // self.tile * self.tile or fitting)
+
+    def _full(self, length: int) -> int:
+        return -(-length // self.tile) * self.tile
+
+    def _filled(self, tensor_KLD: Tensor, width: int) -> Tensor:
+        """With zeros behind, to whole tiles and to ``width``."""
+        missing = (width - tensor_KLD.shape[2], -tensor_KLD.shape[1] % self.tile)
+        return F.pad(tensor_KLD, (0, missing[0], 0, missing[1])) if any(missing) else tensor_KLD
+
+    def _mask(self, layer: LayerSpec, chunk: Chunk, first: int, count: int, stop: int) -> Tensor:
+        """Additive mask of ``count`` queries of a chunk from ``first`` on, over the first ``stop`` keys; [N, L]."""
+        cached = chunk.masks.get((first, count))
         if cached is not None:
             return cached
         span = chunk.span
         position_of_first = span.stop - (chunk.query_stop - chunk.query_start)
-        query_N1 = torch.arange(position_of_first + first, position_of_first + last, device=self.device)[:, None]
+        query_N1 = position_of_first + first + torch.arange(count, device=self.device)[:, None]
         key_L = torch.arange(span.start, span.start + stop, device=self.device)
         hidden = key_L > query_N1
         if layer.window:
@@ -293,8 +338,9 @@ class TorchPaged:
         if layer.chunk:
             hidden |= key_L // layer.chunk != query_N1 // layer.chunk
         mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, -math.inf)
-        if chunk.query_stop - chunk.query_start <= QUERY_BLOCK:  # shared by the layers; of long chunks it is too much
-            chunk.masks[first] = mask
+        if self._mask_bytes + mask.nbytes <= MASK_BYTES:
+            self._mask_bytes += mask.nbytes
+            chunk.masks[first, count] = mask
         return mask
 
 
@@ -327,7 +373,7 @@ class Scores:
     def lone(self, query_H1D: Tensor, keys_KLD: Tensor, values_KLE: Tensor) -> Tensor:
         """One query that sees all its keys; [1, H, E]. The group goes into the length dimension: no key is repeated."""
         kv_heads, _, width = keys_KLD.shape
-        if self.plain:
+        if self.plain and keys_KLD.shape[2] == values_KLE.shape[2]:
             query_KGD = query_H1D.reshape(kv_heads, -1, width)
             out = F.scaled_dot_product_attention(query_KGD[None], keys_KLD[None], values_KLE[None], scale=self.scaling)
         else:
@@ -347,20 +393,24 @@ class Scores:
         return torch.bmm(self.weights(torch.bmm(query_PGD, keys_PLD.transpose(1, 2)), mask_P1L, sinks), values_PLE)
 
     def explicit(self, query_HND: Tensor, keys_KLD: Tensor, values_KLE: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention with the scores in the open, for what the fused kernel cannot do; [H, N, E]."""
-        kv_heads, num_heads = keys_KLD.shape[0], query_HND.shape[0]
-        query = query_HND.reshape(kv_heads, num_heads // kv_heads, -1, query_HND.shape[2])
+        """Attention with the scores in the open, for what the fused kernel cannot do; [H, N, E].
+
+        The query group goes into the length dimension here too: no key is repeated.
+        """
+        num_heads, num_queries, width = query_HND.shape
+        kv_heads, num_keys, _ = keys_KLD.shape
+        products = torch.bmm(query_HND.reshape(kv_heads, -1, width), keys_KLD.transpose(1, 2))
         sinks = None if self.sinks_H is None else self.sinks_H.view(kv_heads, -1, 1, 1)
-        weights = self.weights(query @ keys_KLD[:, None].transpose(2, 3), mask, sinks)
-        return (weights @ values_KLE[:, None]).view(num_heads, -1, values_KLE.shape[2])
+        weights = self.weights(products.view(kv_heads, -1, num_queries, num_keys), mask, sinks)
+        return torch.bmm(weights.view(kv_heads, -1, num_keys), values_KLE).view(num_heads, num_queries, -1)
 
     def weights(self, products: Tensor, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
         """Products of queries and keys [..., L] -> attention weights in their dtype. ``sinks`` has 1 in place of L."""
-        scores = products.float() * self.scaling
+        scores = products.float().mul_(self.scaling)  # in place, here and below: there are many of them
         if self.softcap:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
+            scores.div_(self.softcap).tanh_().mul_(self.softcap)
         if mask is not None:
-            scores = scores + mask
+            scores.add_(mask)
         if sinks is not None:
             scores = torch.cat((scores, sinks.float().expand(*scores.shape[:-1], 1)), -1)
         weights = torch.softmax(scores, -1).to(products.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -38,6 +38,8 @@ class Sequence:
     """Leading tokens whose keys and values are in the cache, or will be once the steps launched so far have run."""
     num_cached: int
     """Of these, how many came from the prefix cache."""
+    num_verified: int
+    """Of these, how many were read by logits that were finite: the rest may hold not-a-number."""
     sampling: SamplingParameters
     top_n_tokens: int
     prefill_logprobs: bool
@@ -50,6 +52,12 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids) + self.num_pending
+
+    def unverified_blocks(self, block_size: int) -> list[int]:
+        """Blocks whose content may be not-a-number."""
+        if self.num_verified == self.num_computed:
+            return []
+        return self.block_table[self.num_verified // block_size : -(-self.num_computed // block_size)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,22 +95,29 @@ class Batch:
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def clear(self) -> None:
+    def clear(self) -> list[Sequence]:
+        """Forget everything; returns what was held."""
+        held = list(self._sequences.values())
         self._sequences.clear()
         self._failed.clear()
+        return held
 
-    def drop(self, sequence_ids: Iterable[int]) -> None:
-        """Forget sequences; unknown ids are no error."""
-        for sequence_id in sequence_ids:
-            self._sequences.pop(sequence_id, None)
-            self._failed.discard(sequence_id)
+    def drop(self, sequence_ids: Seq[int]) -> list[Sequence]:
+        """Forget sequences, and return those that were held; unknown ids are no error."""
+        self._failed.difference_update(sequence_ids)
+        return [self._sequences.pop(sequence_id) for sequence_id in sequence_ids if sequence_id in self._sequences]
 
-    def fail(self, sequence: Sequence) -> None:
-        """Take out a sequence that cannot go on; later rows for it are skipped, not refused."""
+    def fail(self, sequence: Sequence) -> bool:
+        """Take out a sequence that cannot go on; later rows for it are skipped, not refused.
+
+        Returns: whether it was held still: the blocks of one that was dropped have another owner by now.
+        """
         sequence.failed = True
-        if self._sequences.get(sequence.sequence_id) is sequence:
-            del self._sequences[sequence.sequence_id]
-            self._failed.add(sequence.sequence_id)
+        if self._sequences.get(sequence.sequence_id) is not sequence:
+            return False
+        del self._sequences[sequence.sequence_id]
+        self._failed.add(sequence.sequence_id)
+        return True
 
     def add(self, new: NewSequence, limits: SequenceLimits) -> None:
         name = f"sequence {new.sequence_id}"
@@ -127,6 +142,7 @@ class Batch:
             block_table=[],
             num_computed=new.num_cached_tokens,
             num_cached=new.num_cached_tokens,
+            num_verified=new.num_cached_tokens,
             sampling=new.sampling,
             top_n_tokens=new.top_n_tokens,
             prefill_logprobs=new.prefill_logprobs,
@@ -170,6 +186,8 @@ class Batch:
             rows.append(Row(sequence, sequence.num_computed, chunk.num_tokens, is_decode=False))
         for row in rows:
             _check_room(row.sequence, row.end, limits)
+        for row in rows:
+            row.sequence.num_computed = row.end
         return rows
 
     def _find(self, sequence_id: int) -> Sequence | None:

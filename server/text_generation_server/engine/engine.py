@@ -31,11 +31,16 @@ T = TypeVar("T")
 Deliver = Callable[[StepResult], None]
 Planner = Callable[[ModelRunner, WarmupLimits], KVPlan]
 
+# What clients are told of errors that are not ours: the texts of those name paths, addresses and sizes.
+OUT_OF_MEMORY = "out of memory in a step; lower `--max-batch-prefill-tokens` or `--max-batch-total-tokens`"
+STEP_FAILED = "the model failed in a step; the shard's log says why"
+
 
 @dataclass(frozen=True, slots=True)
 class EngineHealth:
     epoch: int
     last_step_id: int
+    """The last step that ended, and well."""
     progress_age_ns: int
     """Since the last sign of progress while a step runs; 0 when idle."""
     num_sequences: int
@@ -48,6 +53,9 @@ class _StepJob:
     refusal: ShardError | None = None
     started_ns: int = 0
     """When it was taken off the queue."""
+    launched: Launched | None = None
+    error: Exception | None = None
+    """Why it could not be launched."""
 
 
 def _STOP() -> None:
@@ -87,6 +95,7 @@ class Engine:
     ) -> None:
         """``run_ahead``: launch a queued step before the results of the one before it are read; None: on CUDA.
 
+        ``broadcast``: to the other ranks; None: there are none.
         ``compute``: the thread that loaded ``runner``, if it is not to be a new one.
         """
         self._runner = runner
@@ -105,19 +114,22 @@ class Engine:
         self._epoch = 0
         self._announced_epoch = 0  # set at once by clear(), so that steps still queued are not executed in vain
         self._failure: str | None = None
-        self._last_step_id = 0
+        self._launched_step_id = 0
+        self._ended_step_id = 0
         self._progress_ns: int | None = None  # time of the last sign of progress; None when idle
         self._ended_ns: int | None = None
 
-    def start(self) -> None:
+    def start(self) -> Future[None]:
+        """Begin. The future has the error after which this process cannot go on, if there is one."""
         self._running = self._compute.submit(self._run)
+        return self._running
 
     def stop(self, timeout_s: float) -> bool:
-        """End after the step that runs now; whether that was in time."""
+        """End once all that is queued has run; whether that was in time."""
         assert self._running is not None, "start comes first"
         self._jobs.put(_STOP)
         try:
-            self._running.result(timeout_s)
+            self._running.exception(timeout_s)
         except TimeoutError:
             return False
         return True
@@ -132,7 +144,8 @@ class Engine:
 
     def clear(self, epoch: int) -> Future[None]:
         """Drop every sequence and begin ``epoch``. The future raises StaleEpoch if it is not a new one."""
-        self._announced_epoch = max(self._announced_epoch, epoch)
+        if self._is_alone:  # several ranks all have to take the steps that any of them takes
+            self._announced_epoch = max(self._announced_epoch, epoch)
         return self._call(lambda: self._clear(epoch))
 
     def warm_up(self, limits: WarmupLimits) -> Future[KVPlan]:
@@ -148,15 +161,22 @@ class Engine:
         progress_ns, executor = self._progress_ns, self._executor
         return EngineHealth(
             epoch=self._epoch,
-            last_step_id=self._last_step_id,
+            last_step_id=self._ended_step_id,
             progress_age_ns=0 if progress_ns is None else max(1, time.monotonic_ns() - progress_ns),
             num_sequences=0 if executor is None else len(executor.batch),
         )
 
+    @property
+    def _is_alone(self) -> bool:
+        return self._broadcast is None
+
     def _call(self, function: Callable[[], T]) -> Future[T]:
+        """Queue a function. Its future can be cancelled until it runs, and it never does then."""
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(function())
             except BaseException as error:  # its place is with the caller, not on this thread
@@ -168,26 +188,24 @@ class Engine:
     # -- on the engine thread -------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        pending: tuple[Launched, _StepJob] | None = None
+        pending: _StepJob | None = None  # launched, and not read yet
         with torch.inference_mode():
             while True:
                 job = self._next_job(wait=pending is None)
-                launched: tuple[Launched, _StepJob] | StepResult | None = None
                 if isinstance(job, _StepJob):
-                    launched = self._launch(job, pending[0] if pending is not None else None)
+                    self._launch(job, pending)
+                    if pending is not None:
+                        self._finish(pending, is_last=job.launched is None)
+                    pending = job if self._run_ahead and job.launched is not None else None
+                    if pending is None:
+                        self._finish(job)
+                    continue
                 if pending is not None:
-                    self._finish(*pending)
+                    self._finish(pending)
                     pending = None
-                if isinstance(job, _StepJob):
-                    if isinstance(launched, StepResult):
-                        self._deliver(launched, job)
-                    elif launched is not None and self._run_ahead:
-                        pending = launched
-                    elif launched is not None:
-                        self._finish(*launched)
-                elif job is _STOP:
+                if job is _STOP:
                     return
-                elif job is not None:
+                if job is not None:
                     job()
 
     def _next_job(self, *, wait: bool) -> _StepJob | Callable[[], None] | None:
@@ -197,21 +215,22 @@ class Engine:
         except queue.Empty:
             return None
 
-    def _launch(self, job: _StepJob, previous: Launched | None) -> tuple[Launched, _StepJob] | StepResult:
-        step = job.step
+    def _launch(self, job: _StepJob, previous: _StepJob | None) -> None:
+        """Put a step on the device, behind ``previous`` if that one is not read yet."""
         now = job.started_ns = time.monotonic_ns()
         try:
-            executor = self._accept(step)
+            executor = self._accept(job.step)
             if job.refusal is not None:
                 raise job.refusal
             self._progress_ns = now
-            launched = executor.launch(step, previous)
-            busy = previous is not None or self._ended_ns is None
-            launched.timings.idle_ns = 0 if busy or self._ended_ns is None else now - self._ended_ns
-            self._last_step_id = step.step_id
-            return launched, job
+            launched = executor.launch(job.step, None if previous is None else previous.launched)
         except Exception as error:
-            return self._failed(step, error)
+            job.error = error
+            return
+        if previous is None and self._ended_ns is not None:
+            launched.timings.idle_ns = now - self._ended_ns
+        self._launched_step_id = job.step.step_id
+        job.launched = launched
 
     def _accept(self, step: Step) -> StepExecutor:
         if step.epoch != self._epoch or step.epoch < self._announced_epoch:
@@ -220,57 +239,79 @@ class Engine:
             raise StaleEpoch(f"epoch {step.epoch} ended with a failed step ({self._failure}); clear the cache first")
         if self._executor is None:
             raise InvalidStep("no KV cache yet: Warmup comes before the first step")
-        if step.step_id != self._last_step_id + 1:
-            raise InvalidStep(f"step {step.step_id} arrived where {self._last_step_id + 1} was due")
+        if step.step_id != self._launched_step_id + 1:
+            raise InvalidStep(f"step {step.step_id} arrived where {self._launched_step_id + 1} was due")
         return self._executor
 
-    def _finish(self, launched: Launched, job: _StepJob) -> None:
-        assert self._executor is not None
-        try:
-            if self._failure is not None:
-                raise StaleEpoch(f"the step before it failed: {self._failure}")
-            result = self._executor.collect(launched)
-        except Exception as error:
-            result = self._failed(launched.step, error)
-        self._deliver(result, job)
+    def _finish(self, job: _StepJob, *, is_last: bool = True) -> None:
+        """Deliver the result of a step, or why it has none; ``is_last``: no other one is on the device.
 
-    def _deliver(self, result: StepResult, job: _StepJob) -> None:
+        Raises: the step's error, if no step can follow it.
+        """
+        error: Exception | None = None
+        try:
+            result = self._collect(job)
+        except Exception as caught:
+            error, result = caught, self._failed(job.step, caught)
+        else:
+            self._ended_step_id = result.step_id
         self._ended_ns = time.monotonic_ns()
-        self._progress_ns = None
+        self._progress_ns = None if is_last else self._ended_ns
         result.timings.total_ns = self._ended_ns - job.started_ns
         job.deliver(result)
+        if error is not None and self._is_fatal(error):
+            raise error
+
+    def _collect(self, job: _StepJob) -> StepResult:
+        if job.error is not None:
+            raise job.error
+        if self._failure is not None:
+            raise StaleEpoch(f"the step before it failed: {self._failure}")
+        assert self._executor is not None and job.launched is not None
+        return self._executor.collect(job.launched)
 
     def _failed(self, step: Step, error: Exception) -> StepResult:
         """The result of a step that failed; unless the step was of another epoch, this epoch ends with it."""
         out_of_memory = is_out_of_memory(error)
-        message = str(error) if isinstance(error, ShardError) else f"{type(error).__name__}: {error}"
+        message = OUT_OF_MEMORY if out_of_memory else STEP_FAILED
+        cause = f"{type(error).__name__}: {error}"
+        if isinstance(error, ShardError):
+            message = cause = str(error)
         result = StepResult(step.epoch, step.step_id, failure=StepFailure(message, out_of_memory))
         if isinstance(error, StaleEpoch):
             return result
-        logger.error("step %d of epoch %d failed: %s", step.step_id, step.epoch, message)
+        logger.error("step %d of epoch %d failed: %s", step.step_id, step.epoch, cause)
         logger.debug("traceback of the failed step", exc_info=error)
         self._failure = message
         if self._executor is not None:
-            self._executor.batch.clear()
+            self._executor.clear()
+        # The traceback holds the frames, and they hold tensors: in the worst case those that were too many.
+        error.__traceback__ = None
         if out_of_memory:
-            # The traceback holds the frames, and they hold the tensors that were too many.
-            error.__traceback__ = None
             _release_memory()
         return result
+
+    def _is_fatal(self, error: Exception) -> bool:
+        """Whether no step can follow: the device is unusable, or the other ranks wait in a collective for this one.
+
+        What a step is refused for is the same on all ranks, and comes before any collective.
+        """
+        return isinstance(error, torch.AcceleratorError) or not (self._is_alone or isinstance(error, ShardError))
 
     def _clear(self, epoch: int) -> None:
         if epoch <= self._epoch:
             raise StaleEpoch(f"epoch {epoch} is not new, this shard is in {self._epoch}")
         if self._executor is not None:
-            self._executor.batch.clear()
-        self._epoch, self._last_step_id, self._failure = epoch, 0, None
+            self._executor.clear()
+        self._epoch, self._failure = epoch, None
+        self._launched_step_id = self._ended_step_id = 0
         logger.debug("epoch %d begins", epoch)
 
     def _warm_up(self, limits: WarmupLimits) -> KVPlan:
         if self._kv_plan is not None:
             if self._kv_plan[0] == limits:
                 return self._kv_plan[1]  # a router that came back asks again
-            self._executor = None
+            self._executor = self._kv_plan = None
             self._runner.release_kv_cache()
             _release_memory()
         try:

@@ -7,7 +7,7 @@ this one are read (``collect``). On a CPU the two simply follow each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -72,13 +72,15 @@ class StepExecutor:
         self._is_leader = is_leader
         self._broadcast = broadcast
         self._on_progress = on_progress
+        self._suspect_blocks: list[int] = []
+        """Blocks that sequences have left behind with what may be not-a-number; the next launch clears them."""
 
     def launch(self, step: Step, previous: Launched | None = None) -> Launched:
         """Start a step; ``previous`` is the one before it if its results are not collected yet.
 
         Raises: InvalidStep; whatever the model raises. The sequences are in an undefined state then.
         """
-        self.batch.drop(step.drops)
+        self._let_go(self.batch.drop(step.drops))
         for new in step.new_sequences:
             self.batch.add(new, self._limits)
         rows = self.batch.rows(step, self._limits)
@@ -86,9 +88,11 @@ class StepExecutor:
         launched.timings.num_decode_rows = len(step.decodes)
         launched.timings.num_prefill_tokens = sum(row.num_tokens for row in rows if not row.is_decode)
         if rows:
+            if self._suspect_blocks:
+                # Behind all that was launched before, ahead of whoever was given these blocks.
+                self._runner.zero_blocks(self._suspect_blocks)
+                self._suspect_blocks = []
             logits_SV, sampling_rows, input_ids_T = self._forward(rows, launched, previous)
-            for row in rows:
-                row.sequence.num_computed = row.end
             if sampling_rows:
                 self._choose(logits_SV, sampling_rows, input_ids_T, launched)
         return launched
@@ -110,6 +114,7 @@ class StepExecutor:
                     self._fail(sequence, result)
                     continue
                 sequence.token_ids.append(token_id)
+                sequence.num_verified = sequence.num_prompt_tokens + output_index
                 generations[sequence.sequence_id] = Generation(
                     sequence.sequence_id,
                     output_index,
@@ -127,6 +132,10 @@ class StepExecutor:
             result.timings.forward_ns = launched.forward.total_ns()
             result.timings.sample_ns = launched.sampling.total_ns()
         return result
+
+    def clear(self) -> None:
+        """Drop every sequence. The device, which may have failed, is not asked for anything."""
+        self._let_go(self.batch.clear())
 
     def _forward(
         self, rows: list[Row], launched: Launched, previous: Launched | None
@@ -148,7 +157,7 @@ class StepExecutor:
             end = token_index = 0
             for row, count in zip(pass_rows, counts, strict=True):
                 end += count
-                if row.wants_prompt_logprobs:
+                if row.wants_prompt_logprobs and self._is_leader:
                     self._prompt_logprobs(row, logits_LV[end - count : end], launched)
                 if row.samples:
                     places.append(end - 1)
@@ -201,10 +210,18 @@ class StepExecutor:
         entry[2].append(known[:num_reported])
 
     def _fail(self, sequence: Sequence, result: StepResult) -> None:
-        """End one sequence, and clear what it wrote: a masked slot that holds NaN still poisons attention."""
-        self.batch.fail(sequence)
-        self._runner.zero_blocks(sequence.block_table[sequence.num_cached // self._limits.block_size :])
+        """End one sequence."""
+        if self.batch.fail(sequence):
+            self._let_go([sequence])
         result.sequence_failures[sequence.sequence_id] = NOT_FINITE
+
+    def _let_go(self, sequences: Iterable[Sequence]) -> None:
+        """Remember what to clear of sequences that have ended: a masked slot that holds NaN still poisons attention.
+
+        Whether their last logits were finite may not be known yet, and their blocks may have a new owner already.
+        """
+        for sequence in sequences:
+            self._suspect_blocks += sequence.unverified_blocks(self._limits.block_size)
 
 
 def _fill_in_pending(input_ids_T: Tensor, rows: list[Row], previous: Launched | None) -> None:

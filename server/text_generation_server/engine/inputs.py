@@ -51,7 +51,7 @@ def build_inputs(rows: Sequence[Row], *, block_size: int, device: torch.device) 
     """Pack the rows of one forward pass, decode rows first, with the logits that sampling and prompt logprobs read.
 
     Returns: the inputs, and for each row the number of its logits, which follow each other in row order. A token
-    that is only on the device so far has id 0 here; ``engine.py`` puts the right one in.
+    that is only on the device so far has id 0 here; ``executor.py`` puts the right one in.
     """
     num_tokens = sum(row.num_tokens for row in rows)
     packed = np.zeros((3, padded(num_tokens, device)), dtype=np.int64)

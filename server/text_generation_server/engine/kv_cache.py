@@ -28,6 +28,7 @@ class KVCache:
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._device = device
         num_slots = (num_blocks + 1) * block_size
         self.layers = [
             LayerCache(
@@ -39,11 +40,10 @@ class KVCache:
 
     def zero_blocks(self, block_ids: Iterable[int]) -> None:
         """Clear blocks whose content may be not-a-number: a masked slot still poisons attention (0 x NaN is NaN)."""
-        for block_id in block_ids:
-            slots = slice(block_id * self.block_size, (block_id + 1) * self.block_size)
-            for layer in self.layers:
-                layer.keys_KSD[:, slots] = 0
-                layer.values_KSE[:, slots] = 0
+        ids_B = torch.tensor(list(block_ids), dtype=torch.int64).to(self._device, non_blocking=True)
+        for layer in self.layers:
+            for cached in (layer.keys_KSD, layer.values_KSE):
+                cached.view(cached.shape[0], -1, self.block_size, cached.shape[2]).index_fill_(1, ids_B, 0)
 
 
 def bytes_per_token(layers: Iterable[LayerSpec], dtype: torch.dtype) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from text_generation_server.attention.torch_paged import SCRATCH_BYTES
+
 CPU_SHARE = 0.5
 """Part of the memory still free after the weights are loaded that a CPU shard may plan with; the rest is left to the
 router, the page cache of the weights and other programs of the machine."""
@@ -25,9 +27,10 @@ class WarmupLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """What the largest step costs beside the cache. Sizes of one rank."""
+    """What the largest step costs beside the cache."""
 
     kv_bytes_per_token: int
+    """On this rank. The other sizes are the whole model's: of a rank that holds a slice they ask too much."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -52,16 +55,15 @@ def plan_kv_blocks(
     block_size: int,
     available_bytes: int,
     available: str,
-    reserved_bytes: int | None = None,
     prefill_logprobs_rows: int = 0,
 ) -> KVPlan:
     """Blocks for the given limits within ``available_bytes``, which ``available`` describes for the log.
 
     With ``max_batch_total_tokens`` it is exactly as many as that takes; otherwise as many as fit, but no more than all
-    requests together can use. ``reserved_bytes``: measured memory of the largest step; None estimates it.
+    requests together can use.
     Raises: DoesNotFit.
     """
-    reserved = _largest_step_bytes(limits, shape, prefill_logprobs_rows) if reserved_bytes is None else reserved_bytes
+    reserved = _largest_step_bytes(limits, shape, prefill_logprobs_rows)
     block_bytes = block_size * shape.kv_bytes_per_token
     # Block 0 is allocated as well, and never handed out.
     fitting = (available_bytes - reserved) // block_bytes - 1
@@ -104,7 +106,7 @@ def _prefill_tokens(limits: WarmupLimits) -> int:
 
 
 def _largest_step_bytes(limits: WarmupLimits, shape: ModelShape, prefill_logprobs_rows: int) -> int:
-    """Activations and logits of a step with the largest prefill and a full batch, counted as float32.
+    """Activations, attention's scratch and logits of a step with the largest prefill and a full batch, as float32.
 
     At one time a layer holds the residual stream, the norm's result, queries, keys, values and the attention's result
     (8 hidden sizes, generously), then gate, up, their product and a copy (4 intermediate sizes). Sampling holds the
@@ -114,7 +116,7 @@ def _largest_step_bytes(limits: WarmupLimits, shape: ModelShape, prefill_logprob
     activations = tokens * (8 * shape.hidden_size + 4 * shape.intermediate_size) * 4
     rows = min(limits.max_batch_size or limits.max_concurrent_requests or 128, limits.max_concurrent_requests or 2**31)
     logits = (rows + prefill_logprobs_rows) * shape.vocab_size * 4 * 10
-    return activations + logits
+    return activations + SCRATCH_BYTES + logits
 
 
 def _blocks(tokens: int, block_size: int) -> int:

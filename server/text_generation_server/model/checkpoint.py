@@ -50,24 +50,25 @@ def strip_code(content: Any) -> Any:
     return content
 
 
-def eos_token_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """Of generation_config.json if it names any, else of config.json; there may be several, or none."""
+def eos_token_ids(folder: Path, config: dict[str, Any], vocab_size: int) -> tuple[int, ...]:
+    """Of generation_config.json if it names any, else of config.json; there may be several, or none.
+
+    Files say -1 or null for "none": what is no token id is passed over.
+    """
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file) if generation_file.is_file() else {}
-    text_config = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    for source in (generation, config, text_config or {}):
-        ids = source.get("eos_token_id")
-        if isinstance(ids, int):
-            return (ids,)
-        if isinstance(ids, list) and ids and all(isinstance(each, int) for each in ids):
+    for source in (generation, *_levels(config)):
+        named = source.get("eos_token_id")
+        named = named if isinstance(named, list) else [named]
+        ids = [each for each in named if type(each) is int and 0 <= each < vocab_size]  # a bool is no id either
+        if ids:
             return tuple(dict.fromkeys(ids))
     return ()
 
 
 def stored_dtype(folder: Path, config: dict[str, Any]) -> torch.dtype:
     """The checkpoint's own: what config.json says, else that of its first floating point tensor."""
-    text_config = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    for source in (config, text_config or {}):
+    for source in _levels(config):
         name = source.get("dtype") or source.get("torch_dtype")
         if isinstance(name, str):
             dtype = getattr(torch, name.removeprefix("torch."), None)
@@ -84,6 +85,12 @@ def stored_dtype(folder: Path, config: dict[str, Any]) -> torch.dtype:
                     stored: torch.dtype = getattr(torch, name)
                     return stored
     return torch.float32
+
+
+def _levels(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where config.json may say something: at its top, or of a text model inside."""
+    text_config = config.get("text_config")
+    return [config, text_config] if isinstance(text_config, dict) else [config]
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import gc
 import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -16,7 +18,8 @@ from text_generation_server.attention import registry
 from text_generation_server.config import ConfigError, ShardConfig
 from text_generation_server.distributed import Group, alone
 from text_generation_server.engine.kv_cache import bytes_per_token
-from text_generation_server.model import bridge, checkpoint, parallel, probe
+from text_generation_server.errors import first_line
+from text_generation_server.model import bridge, checkpoint, parallel, probe, temperature
 from text_generation_server.model.bridge import Unservable
 from text_generation_server.model.dtypes import resolve_dtype
 from text_generation_server.model.runner import ModelInfo
@@ -57,6 +60,15 @@ def load_model(
     except Unservable as reason:
         split = f" when split over {group.world_size} shards; try --num-shard 1" if group.world_size > 1 else ""
         raise _refused(model_type, f"{reason}{split}") from reason
+    except _SwapsFailed as reason:
+        logger.warning("model type `%s` runs with its own modules, which is slower: %s", model_type, reason)
+    del model  # what was swapped is no more: the weights are loaded again
+    gc.collect()
+    return load_model(dataclasses.replace(config, swaps=False), folder, group, progress)
+
+
+class _SwapsFailed(Exception):
+    """The model can be served, but not with its modules swapped."""
 
 
 def _refused(model_type: str, reason: str) -> ConfigError:
@@ -70,7 +82,10 @@ def _model_config(config: ShardConfig, folder: Path, raw: dict[str, Any], model_
     if raw.get("quantization_config"):
         raise _refused(model_type, "its checkpoint is quantized in a way that is not supported")
     if config.trust_remote_code and "auto_map" in raw:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+        try:
+            return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+        except Exception as error:  # whatever the repository's code may raise
+            raise _refused(model_type, f"its own configuration code fails ({first_line(error)})") from error
     if model_type not in transformers.CONFIG_MAPPING:
         hint = "; --trust-remote-code would run the repository's own code" if "auto_map" in raw else ""
         raise _refused(model_type, f"transformers {transformers.__version__} does not know it{hint}")
@@ -79,7 +94,7 @@ def _model_config(config: ShardConfig, folder: Path, raw: dict[str, Any], model_
     try:  # infinities are stored as {"__float__": "Infinity"}
         return config_class.from_dict(getattr(config_class, "_decode_special_floats", lambda same: same)(clean))
     except Exception as error:  # the library validates with many exception types
-        raise _refused(model_type, f"its config.json is not valid ({_first_line(error)})") from error
+        raise _refused(model_type, f"its config.json is not valid ({first_line(error)})") from error
 
 
 def _load(
@@ -124,7 +139,7 @@ def _load(
         except ConfigError:
             raise
         except Exception as error:
-            raise _refused(model_type, f"transformers cannot load it ({_first_line(error)})") from error
+            raise _refused(model_type, f"transformers cannot load it ({first_line(error)})") from error
     missing = sorted(loaded["missing_keys"])
     if missing:
         raise _refused(model_type, f"its checkpoint lacks {len(missing)} weights, the first is {missing[0]}")
@@ -157,31 +172,40 @@ def _prepare(
     expected = probe.reference(model, layers, vocab_size=vocab_size, dtype=dtype, device=group.device)
     attention = registry.resolve(config.attention, group.device)
     backend = registry.load(attention)(layers=layers, block_size=config.block_size, dtype=dtype, device=group.device)
+    logits_width = expected.logits[0].shape[-1]
     info = ModelInfo(
         model_type=model_type,
         dtype=dtype,
         device=group.device,
         attention=attention,
-        vocab_size=expected.logits[0].shape[-1],
-        eos_token_ids=checkpoint.eos_token_ids(folder, raw),
+        vocab_size=logits_width,
+        eos_token_ids=checkpoint.eos_token_ids(folder, raw, logits_width),
         max_position_embeddings=positions,
         window_size=min((layer.window or layer.chunk for layer in layers if layer.window or layer.chunk), default=0),
         kv_bytes_per_token=bytes_per_token(layers, dtype),
-        weight_bytes=0,
     )
-    runner = TransformersRunner(model, layers=layers, backend=backend, block_size=config.block_size, info=info)
+    runner = TransformersRunner(
+        model,
+        layers=layers,
+        temperatures=temperature.take_over(model),
+        backend=backend,
+        block_size=config.block_size,
+        info=info,
+    )
     bridge.use_implementation(model, bridge.PAGED)
     runner.allocate_kv_cache(probe.blocks_needed(config.block_size))
     probe.verify(runner.forward, expected, block_size=config.block_size, what="the paged forward pass")
     progress("probe", 1, 2)
     if config.swaps:
         run = probe.dense_pass(model, vocab_size=vocab_size, max_positions=positions, device=group.device)
-        with bridge.handling(probe.dense):
-            swaps.apply(model, dtype=dtype, run=run, without=without_swaps)
-        runner.allocate_kv_cache(probe.blocks_needed(config.block_size))
-        probe.verify(runner.forward, expected, block_size=config.block_size, what="the pass with swapped modules")
+        try:
+            with bridge.handling(probe.dense):
+                swaps.apply(model, dtype=dtype, run=run, without=without_swaps)
+            runner.allocate_kv_cache(probe.blocks_needed(config.block_size))
+            probe.verify(runner.forward, expected, block_size=config.block_size, what="the pass with swapped modules")
+        except Unservable as reason:
+            raise _SwapsFailed(reason) from reason
     runner.release_kv_cache()
-    runner.measure_weights()
     progress("probe", 2, 2)
     return runner
 
@@ -270,8 +294,3 @@ class _Bar:
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -10,6 +10,7 @@ Shape legend: T tokens, H query heads, K key/value heads, D key width, E value w
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from text_generation_server.attention.interface import LayerSpec
-from text_generation_server.engine.inputs import ForwardInputs
+from text_generation_server.engine.batch import Row, Sequence
+from text_generation_server.engine.inputs import ForwardInputs, build_inputs
+from text_generation_server.errors import first_line
+from text_generation_server.generation.parameters import SamplingParameters
 from text_generation_server.model import bridge
 from text_generation_server.model.bridge import Unservable
 
@@ -47,7 +51,9 @@ class Recorder:
         if query_HTD.shape[0] % key_KTD.shape[0] or key_KTD.shape[0] != value_KTE.shape[0]:
             raise Unservable("its query heads do not share key/value heads evenly")
         mask = arguments.get("attention_mask")
-        sight = getattr(mask, "text_generation_sight", (arguments.get("sliding_window") or 0, 0))
+        # A mask that carries nothing has been changed or made by the model, and may hide anything.
+        unmarked = None if isinstance(mask, Tensor) else (arguments.get("sliding_window") or 0, 0)
+        sight = getattr(mask, "text_generation_sight", unmarked)
         if sight is None:
             raise Unservable("its attention mask is neither causal, sliding nor chunked")
         window, chunk = sight
@@ -103,7 +109,7 @@ def record(model: nn.Module, *, vocab_size: int, num_layers: int, device: torch.
     except Unservable:
         raise
     except Exception as error:  # any failure of library code on packed input is a reason to refuse, not to crash
-        raise Unservable(f"it does not run with our attention function ({_first_line(error)})") from error
+        raise Unservable(f"it does not run with our attention function ({first_line(error)})") from error
     calls = len(recorder.layers)
     if calls == 0:
         raise Unservable("its attention does not go through transformers' attention interface")
@@ -142,7 +148,7 @@ def reference(
     try:
         logits = (_run(model, prompts[0]).float(), _run(model, prompts[1]).float())
     except Exception as error:
-        raise Unservable(f"its own attention does not run ({_first_line(error)})") from error
+        raise Unservable(f"its own attention does not run ({first_line(error)})") from error
     for each in logits:
         if not bool(each.isfinite().all()):
             raise Unservable("its logits are not finite; try another --dtype")
@@ -157,34 +163,19 @@ def verify(forward: Callable[[ForwardInputs], Tensor], expected: Reference, *, b
     """
     rows: tuple[list[Tensor], list[Tensor]] = ([], [])
     for step in probe_steps(expected.prompts, block_size):
+        inputs, counts = build_inputs(step, block_size=block_size, device=expected.prompts[0].device)
         try:
-            logits = forward(pack(step))
+            logits = forward(inputs)
         except Exception as error:
-            raise Unservable(f"{what} fails ({_first_line(error)})") from error
-        for row in step:
-            rows[row.sequence].append(logits[: row.stop - row.start])
-            logits = logits[row.stop - row.start :]
+            raise Unservable(f"{what} fails ({first_line(error)})") from error
+        for row, count in zip(step, counts, strict=True):
+            rows[row.sequence.sequence_id].append(logits[:count])
+            logits = logits[count:]
     errors = torch.cat([_row_errors(torch.cat(ours), own) for ours, own in zip(rows, expected.logits, strict=True)])
     # In a short float a near-tie in a router sends single tokens elsewhere; a real mismatch shows in most rows.
     distance = float(errors.max() if expected.dtype == torch.float32 else errors.mean())
     if not distance <= TOLERANCE[expected.dtype]:
         raise Unservable(f"{what} gives other logits than the model's own attention (relative error {distance:.2g})")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Tokens ``start .. stop`` of a sequence, as one row of a step."""
-
-    sequence: int
-    ids: Tensor
-    start: int
-    stop: int
-    block_table: list[int]
-    block_size: int
-
-    @property
-    def decodes(self) -> bool:
-        return self.stop - self.start == 1 and self.start > 0
 
 
 def probe_steps(prompts: tuple[Tensor, Tensor], block_size: int) -> list[list[Row]]:
@@ -197,10 +188,24 @@ def probe_steps(prompts: tuple[Tensor, Tensor], block_size: int) -> list[list[Ro
         [(0, first - 1, first), (1, second - 2, second - 1)],
         [(1, second - 1, second)],
     ]
-    num_blocks = blocks_needed(block_size) // 2
-    tables = ([1 + 2 * i for i in range(num_blocks)], [2 + 2 * i for i in range(num_blocks)])  # scattered blocks
+    sequences = [
+        Sequence(
+            sequence_id=index,
+            token_ids=array("q", prompt.tolist()),
+            num_prompt_tokens=len(prompt),
+            num_given=len(prompt),
+            block_table=list(range(1 + index, 1 + blocks_needed(block_size), 2)),  # no two of them lie together
+            num_computed=0,
+            num_cached=0,
+            num_verified=0,
+            sampling=SamplingParameters(),
+            top_n_tokens=0,
+            prefill_logprobs=True,  # logits of every token
+        )
+        for index, prompt in enumerate(prompts)
+    ]
     return [
-        [Row(index, prompts[index], start, stop, tables[index], block_size) for index, start, stop in step]
+        [Row(sequences[index], start, stop - start, is_decode=stop - start == 1) for index, start, stop in step]
         for step in cuts
     ]
 
@@ -208,27 +213,6 @@ def probe_steps(prompts: tuple[Tensor, Tensor], block_size: int) -> list[list[Ro
 def blocks_needed(block_size: int) -> int:
     """Of the probe's cache, padding not counted."""
     return 2 * -(-MAX_PROBE_TOKENS // block_size)
-
-
-def pack(rows: list[Row]) -> ForwardInputs:
-    """The inputs of one step; decode rows must come first. Logits are wanted for all tokens."""
-    device = rows[0].ids.device
-    positions = torch.cat([torch.arange(row.start, row.stop, device=device) for row in rows])
-    slots = [
-        row.block_table[position // row.block_size] * row.block_size + position % row.block_size
-        for row in rows
-        for position in range(row.start, row.stop)
-    ]
-    return ForwardInputs(
-        input_ids_T=torch.cat([row.ids[row.start : row.stop] for row in rows]),
-        position_ids_T=positions,
-        slots_T=torch.tensor(slots, device=device),
-        num_decode_rows=sum(row.decodes for row in rows),
-        query_lens=[row.stop - row.start for row in rows],
-        context_lens=[row.stop for row in rows],
-        block_tables=[row.block_table[: -(-row.stop // row.block_size)] for row in rows],
-        logits_indices_L=torch.arange(len(positions), device=device),
-    )
 
 
 def _run(model: nn.Module, ids_T: Tensor) -> Tensor:
@@ -250,8 +234,3 @@ def _row_errors(ours_TV: Tensor, theirs_TV: Tensor) -> Tensor:
     spread = (theirs_TV - theirs_TV.mean(-1, keepdim=True)).norm(dim=-1).clamp_min(1e-6)
     errors: Tensor = (ours_TV - theirs_TV).norm(dim=-1) / spread
     return errors.nan_to_num(1e9, 1e9, 1e9)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -29,8 +29,6 @@ class ModelInfo:
     """Smallest sliding window of any layer; 0 when there is none."""
     kv_bytes_per_token: int
     """On this rank, all layers, keys and values."""
-    weight_bytes: int
-    """On this rank."""
 
 
 class ModelRunner(Protocol):

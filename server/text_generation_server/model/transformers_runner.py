@@ -6,9 +6,8 @@ D key width, E value width.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,38 +18,35 @@ from text_generation_server.engine.inputs import ForwardInputs
 from text_generation_server.engine.kv_cache import KVCache
 from text_generation_server.model import bridge
 from text_generation_server.model.runner import ModelInfo
+from text_generation_server.model.temperature import Temperature
 
 
 class PagedStep:
     """The handler of a running step: attention calls go to the back end, with the cache of the calling layer."""
 
-    __slots__ = ("backend", "cache", "calls", "layers", "on_progress", "plan")
+    __slots__ = ("cache", "calls", "plan", "positions_T", "runner")
 
-    def __init__(
-        self,
-        backend: AttentionBackend,
-        layers: list[LayerSpec],
-        cache: KVCache,
-        plan: Any,
-        on_progress: Callable[[], None],
-    ) -> None:
-        self.backend = backend
-        self.layers = layers
+    def __init__(self, runner: TransformersRunner, cache: KVCache, inputs: ForwardInputs) -> None:
+        self.runner = runner
         self.cache = cache
-        self.plan = plan
-        self.on_progress = on_progress
+        self.plan = runner.backend.prepare(inputs)
+        self.positions_T = inputs.position_ids_T
         self.calls = 0
 
     def __call__(
         self, module: nn.Module, query_HTD: Tensor, key_KTD: Tensor, value_KTE: Tensor, arguments: dict[str, Any]
     ) -> Tensor:
         index: int = getattr(module, bridge.LAYER_ATTRIBUTE)
+        runner = self.runner
         self.calls += 1
-        self.on_progress()
+        runner.on_progress()
+        temperature = runner.temperatures.get(index)
+        if temperature is not None:
+            query_HTD = temperature.apply(query_HTD, self.positions_T)
         scaling = arguments.get("scaling")
-        return self.backend.attend(
+        return runner.backend.attend(
             self.plan,
-            self.layers[index],
+            runner.layers[index],
             self.cache.layers[index],
             query_HTD,
             key_KTD,
@@ -65,10 +61,19 @@ class TransformersRunner:
     """Implements ``model/runner.py``'s ModelRunner."""
 
     def __init__(
-        self, model: nn.Module, *, layers: list[LayerSpec], backend: AttentionBackend, block_size: int, info: ModelInfo
+        self,
+        model: nn.Module,
+        *,
+        layers: list[LayerSpec],
+        temperatures: Mapping[int, Temperature],
+        backend: AttentionBackend,
+        block_size: int,
+        info: ModelInfo,
     ) -> None:
         self.model = model
         self.layers = layers
+        self.temperatures = temperatures
+        """By layer, of those that have one."""
         self.backend = backend
         self.block_size = block_size
         self.cache: KVCache | None = None
@@ -95,17 +100,6 @@ class TransformersRunner:
         """Give the cache's memory back; `allocate_kv_cache` makes the next one."""
         self.cache = None
 
-    def measure_weights(self) -> None:
-        """Set ``info.weight_bytes`` to what parameters and buffers occupy now, shared storage counted once."""
-        storages = {}
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            if tensor.layout is torch.strided:
-                storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-            else:  # prepacked: the library's own layout, as large as its numbers or a little larger
-                storages[id(tensor)] = tensor.numel() * tensor.element_size()
-        self._info = dataclasses.replace(self._info, weight_bytes=sum(storages.values()))
-
     def zero_blocks(self, block_ids: Iterable[int]) -> None:
         """Clear blocks of a request that failed with not-a-number, before they are handed out again."""
         assert self.cache is not None
@@ -114,7 +108,7 @@ class TransformersRunner:
     @torch.inference_mode()
     def forward(self, inputs: ForwardInputs) -> Tensor:
         assert self.cache is not None, "allocate_kv_cache comes first"
-        step = PagedStep(self.backend, self.layers, self.cache, self.backend.prepare(inputs), self.on_progress)
+        step = PagedStep(self, self.cache, inputs)
         options = {"logits_to_keep": inputs.logits_indices_L} if self._keeps_logits else {}
         with bridge.handling(step):
             output = self.model(

@@ -31,9 +31,9 @@ class Listener:
     _server: grpc.aio.Server
     _lock: int
 
-    async def close(self) -> None:
-        """Stop accepting, cut running calls, and leave no file behind."""
-        await self._server.stop(grace=0)
+    async def close(self, grace_s: float = 0.0) -> None:
+        """Stop accepting, cut calls that run longer than ``grace_s``, and leave no file behind."""
+        await self._server.stop(grace_s)
         self.path.unlink(missing_ok=True)
         _lock_path(self.path).unlink(missing_ok=True)
         os.close(self._lock)

@@ -63,21 +63,25 @@ class TextGenerationService(pb_grpc.TextGenerationServicer):
 
     async def Steps(self, requests: AsyncIterator[pb.StepRequest], context: Context) -> AsyncIterator[pb.StepResult]:
         """Results in the order of the requests. A peer that leaves does not stop what is queued; ClearCache does."""
-        outstanding: asyncio.Queue[asyncio.Future[StepResult] | None] = asyncio.Queue(MAX_OUTSTANDING_STEPS - 1)
+        outstanding: asyncio.Queue[asyncio.Future[StepResult] | None] = asyncio.Queue()
+        places = asyncio.Semaphore(MAX_OUTSTANDING_STEPS)
 
         async def read() -> None:
             try:
                 async for request in requests:
-                    await outstanding.put(self._submit(partial(convert.step_from_proto, request), request))
+                    await places.acquire()
+                    outstanding.put_nowait(self._submit(partial(convert.step_from_proto, request), request))
             except Exception as error:
                 # A request that cannot be read, or a peer that is gone: what came before it is still answered.
                 logger.warning("the step stream broke: %s", error)
-            await outstanding.put(None)
+            outstanding.put_nowait(None)
 
         reader = asyncio.create_task(read(), name="read steps")
         try:
             while (future := await outstanding.get()) is not None:
-                yield convert.result_to_proto(await future)
+                result = await future
+                places.release()
+                yield convert.result_to_proto(result)
         finally:
             reader.cancel()
 
@@ -114,7 +118,7 @@ class TextGenerationService(pb_grpc.TextGenerationServicer):
 
 
 async def _answer(future: Future[T], context: Context) -> T:
-    """The engine's answer, or the status for its error."""
+    """The engine's answer, or the status for its error. A peer that leaves takes back what has not begun yet."""
     try:
         return await asyncio.wrap_future(future)
     except (ShardError, DoesNotFit) as error:

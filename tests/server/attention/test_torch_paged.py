@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from text_generation_server.attention.torch_paged import TorchPaged
 from text_generation_server.engine.inputs import ForwardInputs
 from text_generation_server.engine.kv_cache import KVCache
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 BLOCK_SIZE = 4
 PLAIN = LayerSpec(query_heads=4, kv_heads=2, key_dim=8, value_dim=8)
@@ -192,6 +195,82 @@ def test_decode_rows_of_very_unlike_length_are_grouped_apart() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_chunk_longer_than_the_query_block(dtype: torch.dtype) -> None:
     check(dataclasses.replace(PLAIN, window=40), [(30, 560)], dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("score_bytes", [1, 100_000])
+@pytest.mark.parametrize(
+    ("layer", "softcap", "sinks"),
+    [
+        pytest.param(PLAIN, 1.5, False, id="soft caps"),
+        pytest.param(PLAIN, 0.0, True, id="sinks"),
+        pytest.param(dataclasses.replace(PLAIN, window=40), 0.0, False, id="a mask"),
+        pytest.param(dataclasses.replace(PLAIN, value_dim=6), 0.0, False, id="values narrower than keys"),
+        pytest.param(dataclasses.replace(PLAIN, value_dim=12), 0.0, False, id="values wider than keys"),
+    ],
+)
+def test_a_chunk_is_scored_in_blocks_of_bounded_size(
+    layer: LayerSpec, softcap: float, sinks: bool, score_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_paged, "SCORE_BYTES", score_bytes)
+    monkeypatch.setattr(torch_paged, "MASK_BYTES", 0)
+    check(layer, [(70, 90), (0, 130)], softcap=softcap, sinks=sinks, dtype=dtype)
+
+
+class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own
+    """Notes the largest tensor that is made."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.num_bytes = max([self.num_bytes, *(each.nbytes for each in tree_leaves(out) if isinstance(each, Tensor))])
+        return out
+
+
+@pytest.mark.parametrize(
+    ("layer", "softcap"), [(PLAIN, 1.5), (dataclasses.replace(PLAIN, value_dim=6), 0.0)], ids=["soft caps", "widths"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_take_no_more_memory_than_planned(
+    layer: LayerSpec, softcap: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_paged, "SCORE_BYTES", 2**19)
+    monkeypatch.setattr(torch_paged, "MASK_BYTES", 2**19)
+    largest = Largest()  # type: ignore[no-untyped-call]
+    own = TorchPaged._prefill
+
+    def measured(*args: Any) -> None:
+        with largest:
+            own(*args)
+
+    monkeypatch.setattr(TorchPaged, "_prefill", measured)
+    heads, keys, queries, width = layer.query_heads, 1200, 200, layer.key_dim
+    torch.manual_seed(0)
+    cpu = torch.device("cpu")
+    cache = KVCache([layer], num_blocks=keys // BLOCK_SIZE, block_size=BLOCK_SIZE, dtype=dtype, device=cpu)
+    inputs = ForwardInputs(
+        input_ids_T=torch.zeros(queries, dtype=torch.int64),
+        position_ids_T=torch.arange(keys - queries, keys),
+        slots_T=torch.arange(BLOCK_SIZE + keys - queries, BLOCK_SIZE + keys),
+        num_decode_rows=0,
+        query_lens=[queries],
+        context_lens=[keys],
+        block_tables=[list(range(1, keys // BLOCK_SIZE + 1))],
+        logits_indices_L=torch.zeros(1, dtype=torch.int64),
+    )
+    backend = TorchPaged(layers=[layer], block_size=BLOCK_SIZE, dtype=dtype, device=cpu)
+    backend.attend(
+        backend.prepare(inputs),
+        layer,
+        cache.layers[0],
+        torch.randn(heads, queries, width, dtype=dtype),
+        torch.randn(layer.kv_heads, queries, width, dtype=dtype),
+        torch.randn(layer.kv_heads, queries, layer.value_dim, dtype=dtype),
+        scaling=0.3,
+        softcap=softcap,
+    )
+    assert 0 < largest.num_bytes <= 2**19 < heads * queries * keys * dtype.itemsize
 
 
 def test_an_idle_cache_costs_nothing_and_starts_at_zero() -> None:

@@ -1,20 +1,24 @@
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
 import psutil
 import pytest
+import torch
 from engine_driver import GREEDY, NUM_BLOCKS, Driver, driven, new, oracle_tokens, prompt, prompt_logprobs
-from fake_runner import CRASH_TOKEN, MEMORY_TOKEN, NAN_TOKEN, FakeRunner
+from fake_runner import BLOCK_SIZE, CRASH_TOKEN, DEVICE_TOKEN, MEMORY_TOKEN, NAN_TOKEN, FakeRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from text_generation_server.engine import executor
-from text_generation_server.engine.memory import WarmupLimits
-from text_generation_server.engine.steps import BlockAddition, Chunk, NewSequence, Step
+from text_generation_server.engine.engine import OUT_OF_MEMORY, STEP_FAILED, Engine, EngineHealth
+from text_generation_server.engine.memory import DoesNotFit, KVPlan, WarmupLimits
+from text_generation_server.engine.steps import BlockAddition, Chunk, NewSequence, Step, StepResult
 from text_generation_server.errors import StaleEpoch
 from text_generation_server.generation.parameters import SamplingParameters
 
@@ -130,25 +134,153 @@ def test_a_sequence_whose_logits_are_not_finite_fails_alone(driver: Driver) -> N
     assert list(results[0].sequence_failures) == [1]
     assert [g.sequence_id for result in results for g in result.generations] == [2, 2, 2]
     assert driver.outputs[2] == oracle_tokens(prompt(2, 6), 3)
-    assert set(range(9, 17)) <= set(driver.runner.zeroed), "its blocks may be handed out again"
-    assert not set(driver.runner.zeroed) & set(range(17, 25))
+    assert driver.runner.zeroed == [9, 10], "of its blocks, what it has written"
     driver.read(driver.submit(add=[new(1, prompt(1, 4))], chunks=[(1, 4)]))
     assert driver.outputs[1] == oracle_tokens(prompt(1, 4), 1)
 
 
+POISONED = [*prompt(1, 5), NAN_TOKEN]
+BLOCKS = list(range(9, 17))
+
+
+def test_whoever_gets_the_blocks_of_a_failed_sequence_is_unharmed(driver: Driver) -> None:
+    with driver.together():  # dropped, and its blocks handed out again, before the failure is known
+        futures = [
+            driver.submit(add=[new(1, POISONED)], chunks=[(1, 6)]),
+            driver.submit(add=[new(2, prompt(2, 5), blocks=BLOCKS)], chunks=[(2, 5)], drops=[1]),
+            *(driver.submit(decodes=[2]) for _ in range(4)),
+        ]
+    results = [driver.read(future) for future in futures]
+    assert [list(result.sequence_failures) for result in results] == [[1], [], [], [], [], []]
+    assert driver.outputs[2] == oracle_tokens(prompt(2, 5), 5)
+
+
+def test_whoever_gets_the_blocks_of_a_sequence_cut_off_in_its_prompt_is_unharmed(driver: Driver) -> None:
+    driver.read(driver.submit(add=[new(1, [*POISONED, 5, 6, 7])], chunks=[(1, 6)]))
+    driver.read(driver.submit(add=[new(2, prompt(2, 5), blocks=BLOCKS)], chunks=[(2, 5)], drops=[1]))
+    assert driver.outputs[2] == oracle_tokens(prompt(2, 5), 1)
+    assert driver.runner.zeroed == [9, 10]
+
+
+def test_a_new_epoch_reads_nothing_of_a_failed_one(driver: Driver) -> None:
+    driver.read(driver.submit(add=[new(1, [*POISONED, 5, 6, 7])], chunks=[(1, 6)]))
+    assert driver.submit(add=[new(3, [5, CRASH_TOKEN])], chunks=[(3, 2)]).result(10).failure is not None
+    driver.clear()
+    driver.read(driver.submit(add=[new(2, prompt(2, 5), blocks=BLOCKS)], chunks=[(2, 5)]))
+    assert driver.outputs[2] == oracle_tokens(prompt(2, 5), 1)
+
+
+def test_a_healthy_sequence_that_ends_costs_no_more_than_the_row_under_way(driver: Driver) -> None:
+    with driver.together():
+        futures = [
+            driver.submit(add=[new(1, prompt(1, 11))], chunks=[(1, 11)]),
+            driver.submit(decodes=[1]),
+            driver.submit(add=[new(2, prompt(2, 4))], chunks=[(2, 4)], drops=[1]),
+        ]
+    for future in futures:
+        driver.read(future)
+    assert driver.runner.zeroed in ([], [11])
+    assert not driver.runner.zeroed or driver.engine._run_ahead
+
+
+def test_blocks_that_others_may_share_are_kept_when_a_sequence_fails(driver: Driver) -> None:
+    driver.read(driver.submit(add=[new(1, prompt(1, 6))], chunks=[(1, 6)]))
+    with torch.inference_mode():
+        driver.runner.cache[10 * BLOCK_SIZE] = NAN_TOKEN  # in its second block
+    assert list(driver.read(driver.submit(decodes=[1])).sequence_failures) == [1]
+    driver.read(driver.submit(add=[new(2, prompt(2, 4))], chunks=[(2, 4)], drops=[1]))
+    assert driver.runner.zeroed == [10]
+
+
 @pytest.mark.parametrize(
-    ("token", "out_of_memory", "text"), [(MEMORY_TOKEN, True, "allocate"), (CRASH_TOKEN, False, "the model is broken")]
+    ("token", "out_of_memory", "message", "cause"),
+    [(MEMORY_TOKEN, True, OUT_OF_MEMORY, "can't allocate memory"), (CRASH_TOKEN, False, STEP_FAILED, "is broken")],
 )
 def test_a_failed_step_ends_its_epoch_and_a_new_one_begins_clean(
-    driver: Driver, token: int, out_of_memory: bool, text: str
+    driver: Driver, token: int, out_of_memory: bool, message: str, cause: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     driver.read(driver.submit(add=[new(1, prompt(1, 4))], chunks=[(1, 4)]))
     failing = driver.submit(add=[new(2, [5, token])], chunks=[(2, 2)], decodes=[1])
     behind = driver.submit(decodes=[1])
     failure = failing.result(10).failure
-    assert failure is not None and failure.out_of_memory is out_of_memory and text in failure.message
+    assert failure is not None and failure.out_of_memory is out_of_memory
+    assert failure.message == message, "clients read it"
+    (line,) = [record.message for record in caplog.records if record.levelno == logging.ERROR]
+    assert line.startswith("step 2 of epoch 0 failed: ") and cause in line
     assert "ended with a failed step" in getattr(behind.result(10).failure, "message", "")
     assert driver.engine.health().num_sequences == 0
+    driver.clear()
+    driver.read(driver.submit(add=[new(1, prompt(1, 4))], chunks=[(1, 4)]))
+    assert driver.outputs[1] == oracle_tokens(prompt(1, 4), 1)
+
+
+def test_a_step_keeps_its_result_when_the_one_behind_it_fails(driver: Driver) -> None:
+    with driver.together():
+        good = driver.submit(add=[new(1, prompt(1, 4))], chunks=[(1, 4)])
+        failing = driver.submit(add=[new(2, [5, CRASH_TOKEN])], chunks=[(2, 2)], decodes=[1])
+    driver.read(good)
+    assert driver.outputs[1] == oracle_tokens(prompt(1, 4), 1)
+    failure = failing.result(10).failure
+    assert failure is not None and failure.message == STEP_FAILED
+
+
+def with_peers(ids: torch.Tensor) -> None:
+    """A broadcast whose peers sampled the same."""
+
+
+@pytest.mark.parametrize("run_ahead", [False, True], ids=["in turn", "one step ahead"])
+@pytest.mark.parametrize(
+    ("broadcast", "token", "error"),
+    [
+        pytest.param(None, DEVICE_TOKEN, torch.AcceleratorError, id="the device is unusable"),
+        pytest.param(with_peers, CRASH_TOKEN, ValueError, id="other ranks wait"),
+        pytest.param(with_peers, MEMORY_TOKEN, RuntimeError, id="other ranks had the memory"),
+    ],
+)
+def test_a_step_that_nothing_can_follow_is_answered_and_ends_the_thread(
+    broadcast: Callable[[torch.Tensor], None] | None, token: int, error: type[Exception], run_ahead: bool
+) -> None:
+    with driven(broadcast=broadcast, run_ahead=run_ahead) as driver:
+        driver.read(driver.submit(add=[new(1, prompt(1, 4))], chunks=[(1, 4)]))
+        assert driver.submit(add=[new(2, [5, token])], chunks=[(2, 2)]).result(10).failure is not None
+        assert isinstance(driver.running.exception(10), error)
+
+
+def test_what_every_rank_refuses_ends_no_rank() -> None:
+    with driven(broadcast=with_peers) as driver:
+        assert driver.submit(decodes=[9]).result(10).failure is not None
+        driver.clear()
+        driver.read(driver.submit(add=[new(1, prompt(1, 4))], chunks=[(1, 4)]))
+
+
+def test_a_rank_takes_every_step_that_its_peers_may_be_in() -> None:
+    with driven(broadcast=with_peers) as driver:
+        with driver.together():
+            steps = [
+                driver.submit(add=[new(1, prompt(1, 4))], chunks=[(1, 4)]),
+                driver.submit(decodes=[1]),
+            ]
+            cleared = driver.engine.clear(1)
+        for step in steps:
+            driver.read(step)
+        cleared.result(10)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda engine: engine.clear(1), lambda engine: engine.warm_up(WarmupLimits(max_batch_size=1))],
+    ids=["clear", "warm_up"],
+)
+def test_a_call_that_is_cancelled_while_it_waits_is_left_out(
+    driver: Driver, call: Callable[[Engine], Future[object]]
+) -> None:
+    with driver.together():
+        running = driver.submit(add=[new(1, prompt(1, 4))], chunks=[(1, 4)])
+        assert driver.runner.entered.wait(10)
+        assert call(driver.engine).cancel()
+    driver.read(running)
+    assert driver.engine.health().epoch == 0 and driver.engine.health().num_sequences == 1
+    driver.epoch = 1
     driver.clear()
     driver.read(driver.submit(add=[new(1, prompt(1, 4))], chunks=[(1, 4)]))
     assert driver.outputs[1] == oracle_tokens(prompt(1, 4), 1)
@@ -235,8 +367,20 @@ def test_a_step_before_warmup_is_refused_and_a_second_warmup_changes_nothing(dri
     assert driver.outputs[1] == oracle_tokens(prompt(1, 4), 2)
 
 
+def test_a_warmup_that_fails_leaves_no_stale_answer(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(runner: object, limits: WarmupLimits) -> KVPlan:
+        raise DoesNotFit("too much")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver.engine, "_plan", refuse)
+        with pytest.raises(DoesNotFit):
+            driver.engine.warm_up(WarmupLimits(max_batch_total_tokens=2**40)).result(10)
+    assert driver.engine.warm_up(WarmupLimits()).result(10).num_blocks == NUM_BLOCKS
+    driver.read(driver.submit(add=[new(1, prompt(1, 4))], chunks=[(1, 4)]))
+
+
 U = st.integers(0, 3) | st.sampled_from([60, 2**31, 2**32 - 1])
-BLOCKS = st.lists(U | st.integers(1, NUM_BLOCKS), max_size=4)
+WILD_BLOCKS = st.lists(U | st.integers(1, NUM_BLOCKS), max_size=4)
 FUZZED_STEP = st.builds(
     Step,
     epoch=st.just(0),
@@ -248,7 +392,7 @@ FUZZED_STEP = st.builds(
             U,
             st.lists(st.integers(0, 59) | U, max_size=6).map(lambda ids: array("q", ids)),
             U,
-            BLOCKS,
+            WILD_BLOCKS,
             U,
             st.just(SEEDED),
             U,
@@ -256,9 +400,9 @@ FUZZED_STEP = st.builds(
         ),
         max_size=2,
     ),
-    chunks=st.lists(st.builds(Chunk, U, U | st.integers(1, 6), BLOCKS), max_size=3),
+    chunks=st.lists(st.builds(Chunk, U, U | st.integers(1, 6), WILD_BLOCKS), max_size=3),
     decodes=st.lists(U, max_size=3),
-    additions=st.lists(st.builds(BlockAddition, U, BLOCKS), max_size=2),
+    additions=st.lists(st.builds(BlockAddition, U, WILD_BLOCKS), max_size=2),
 )
 
 
@@ -281,7 +425,7 @@ def test_wild_steps_fail_as_steps_and_the_engine_lives(shared_driver: Driver, st
         )
         result = driver.submit_step(wild).result(10)
         if result.failure is not None:
-            assert "Error" not in result.failure.message, "every refusal is one we foresaw"
+            assert result.failure.message not in (STEP_FAILED, OUT_OF_MEMORY), "every refusal is one we foresaw"
             break
     driver.clear()
     driver.read(driver.submit(add=[new(3, prompt(3, 5))], chunks=[(3, 5)]))
@@ -307,6 +451,22 @@ def test_health_tells_idle_from_a_step_that_hangs() -> None:
         assert idle.idle_ns >= 15_000_000 and idle.num_decode_rows == 1
         health = driver.engine.health()
         assert (health.progress_age_ns, health.last_step_id, health.num_sequences) == (0, 2, 1)
+
+
+def test_a_step_on_the_device_is_not_idle_when_the_one_before_it_has_ended() -> None:
+    with driven(run_ahead=True) as driver:
+        healths: list[EngineHealth] = []
+
+        def deliver(result: StepResult) -> None:
+            assert result.failure is None, result.failure
+            healths.append(driver.engine.health())
+
+        with driver.together():
+            driver.engine.submit(Step(0, 1, new_sequences=[new(1, prompt(1, 4))], chunks=[Chunk(1, 4)]), deliver)
+            driver.engine.submit(Step(0, 2, decodes=[1]), deliver)
+        assert driver.engine.stop(10)
+        assert [health.last_step_id for health in healths] == [1, 2]
+        assert [health.progress_age_ns > 0 for health in healths] == [True, False]
 
 
 def test_an_idle_engine_takes_no_processor_time() -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from text_generation_server.attention.torch_paged import SCRATCH_BYTES
+from text_generation_server.engine import memory
 from text_generation_server.engine.memory import (
     DoesNotFit,
     KVPlan,
@@ -20,14 +22,14 @@ SHAPE = ModelShape(
 )
 
 
-def plan(limits: WarmupLimits, available_bytes: int = GIB, reserved_bytes: int = 0) -> KVPlan:
-    return plan_kv_blocks(
-        limits, SHAPE, block_size=16, available_bytes=available_bytes, available="1 GiB", reserved_bytes=reserved_bytes
-    )
+def plan(limits: WarmupLimits, cache_bytes: int = GIB) -> KVPlan:
+    """With ``cache_bytes`` beside what the largest step needs."""
+    available_bytes = memory._largest_step_bytes(limits, SHAPE, 0) + cache_bytes
+    return plan_kv_blocks(limits, SHAPE, block_size=16, available_bytes=available_bytes, available="1 GiB")
 
 
 @pytest.mark.parametrize(
-    ("limits", "available", "num_blocks"),
+    ("limits", "cache_bytes", "num_blocks"),
     [
         pytest.param(WarmupLimits(), 100 * 16 * KIB, 99, id="all that fit, but for the padding block"),
         pytest.param(WarmupLimits(max_batch_total_tokens=161), GIB, 11, id="exactly as many as asked, rounded up"),
@@ -40,8 +42,8 @@ def plan(limits: WarmupLimits, available_bytes: int = GIB, reserved_bytes: int =
         ),
     ],
 )
-def test_the_number_of_blocks(limits: WarmupLimits, available: int, num_blocks: int) -> None:
-    made = plan(limits, available)
+def test_the_number_of_blocks(limits: WarmupLimits, cache_bytes: int, num_blocks: int) -> None:
+    made = plan(limits, cache_bytes)
     assert made.num_blocks == num_blocks
     assert made.derivation.startswith(f"KV cache: {num_blocks} blocks of 16 tokens")
 
@@ -80,20 +82,25 @@ def test_the_largest_step_is_reserved_first() -> None:
     assert blocks(1024, 256) < blocks(1024)
 
 
+def test_what_attention_holds_is_reserved_too() -> None:
+    few = WarmupLimits(max_batch_prefill_tokens=1, max_concurrent_requests=1)
+    with pytest.raises(DoesNotFit):
+        plan_kv_blocks(few, SHAPE, block_size=16, available_bytes=SCRATCH_BYTES, available="")
+
+
 @given(
     total=st.integers(0, 10_000),
     requests=st.integers(0, 100),
     each=st.integers(0, 3000),
-    available=st.integers(0, 2**26),
-    reserved=st.integers(0, 2**22),
+    cache_bytes=st.integers(-(2**22), 2**26),
 )
-def test_a_plan_fits_or_is_refused(total: int, requests: int, each: int, available: int, reserved: int) -> None:
+def test_a_plan_fits_or_is_refused(total: int, requests: int, each: int, cache_bytes: int) -> None:
     limits = WarmupLimits(max_batch_total_tokens=total, max_concurrent_requests=requests, max_total_tokens=each)
     try:
-        made = plan(limits, available, reserved)
+        made = plan(limits, cache_bytes)
     except DoesNotFit:
         return
-    assert (made.num_blocks + 1) * 16 * KIB + reserved <= available
+    assert (made.num_blocks + 1) * 16 * KIB <= cache_bytes
     assert made.num_blocks * 16 >= max(total, 1)
 
 

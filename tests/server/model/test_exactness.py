@@ -16,6 +16,7 @@ from text_generation_server.model.transformers_runner import TransformersRunner
 
 MAX_NEW_TOKENS = 12
 PROMPTS = paged_driver.random_prompts(16)
+LONG_PROMPTS = paged_driver.random_prompts(6, lengths=(150, 20, 95))
 OTHERS = (
     "phi", "gemma", "opt", "olmo", "olmo3", "olmoe", "qwen2_moe", "smollm3", "ernie4_5", "ernie4_5_moe", "glm", "glm4",
     "glm4_moe", "exaone4", "helium", "nemotron", "persimmon", "gpt_bigcode", "gpt_oss", "deepseek_v2", "deepseek_v3",
@@ -30,11 +31,12 @@ MakeModel = Callable[..., Path]
 
 
 @functools.cache
-def expected(folder: Path) -> list[list[int]]:
+def expected(folder: Path, *, long: bool = False) -> list[list[int]]:
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
-    return paged_driver.generated(model, PROMPTS, max_new_tokens=MAX_NEW_TOKENS, eos_ids=[tiny_models.EOS_ID])
+    prompts = LONG_PROMPTS if long else PROMPTS
+    return paged_driver.generated(model, prompts, max_new_tokens=MAX_NEW_TOKENS, eos_ids=[tiny_models.EOS_ID])
 
 
 @functools.cache
@@ -72,3 +74,13 @@ def test_tokens_equal_generate(model_type: str, tiny_model: MakeModel) -> None:
 def test_tokens_are_the_same_without_one_swap(model_type: str, swap: str, tiny_model: MakeModel) -> None:
     folder = tiny_model(model_type)
     assert served(runner(folder, without=swap), PROMPTS) == expected(folder)
+
+
+@pytest.mark.parametrize("floor", [8, 100])
+def test_llama_4_scales_queries_by_position_whatever_they_are_packed_with(floor: int, tiny_model: MakeModel) -> None:
+    """Within the probe's tokens, and beyond them."""
+    folder = tiny_model("llama4_text", floor_scale=floor, attn_scale=5.0)
+    reference = expected(folder, long=True)
+    for model in (runner(folder), runner(folder, swaps=False)):
+        assert served(model, LONG_PROMPTS) == reference
+        assert served(model, LONG_PROMPTS, chunk_tokens=64) == reference

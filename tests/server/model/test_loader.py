@@ -12,7 +12,10 @@ import pytest
 import torch
 from text_generation_server.config import ConfigError, Dtype, ShardConfig
 from text_generation_server.model import checkpoint, dtypes
+from text_generation_server.model.bridge import Unservable
 from text_generation_server.model.loader import load_model, max_positions
+from text_generation_server.model.swaps import linears, table
+from torch import nn
 
 MakeModel = Callable[..., Path]
 CONFIG = ShardConfig(model_id="tiny", uds_path=Path("unused"))
@@ -65,6 +68,47 @@ def test_an_unknown_type_is_refused_with_a_hint(folder: Path) -> None:
         load_model(CONFIG, folder)
 
 
+def test_trusted_configuration_code_that_fails_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise AttributeError("no such thing\nand a page about it")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", broken)
+    edit(folder / "config.json", auto_map={"AutoConfig": "configuration_own.Own"})
+    trusting = ShardConfig(model_id="tiny", uds_path=Path("unused"), trust_remote_code=True)
+    with pytest.raises(ConfigError) as refusal:
+        load_model(trusting, folder)
+    reason = "its own configuration code fails (AttributeError: no such thing)"
+    assert str(refusal.value) == f"model type `llama` cannot be served: {reason}"
+
+
+def doubled(linear: nn.Module) -> nn.Module | None:
+    weights = linears.plain_weights(linear)
+    return None if weights is None else linears.PackedLinear(weights[0] * 2, weights[1])
+
+
+def out_of_reach(*_: Any) -> bool:
+    raise Unservable("it does not run with positions spread far")
+
+
+@pytest.mark.parametrize(
+    ("swap", "broken", "reason"),
+    [
+        (linears, ("pack", doubled), "gives other logits than the model's own"),
+        (table, ("_record", out_of_reach), "it does not run with positions spread far"),
+    ],
+)
+def test_a_model_whose_swaps_fail_keeps_its_own_modules(
+    swap: Any, broken: Any, reason: str, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(swap, *broken)
+    runner = load_model(CONFIG, folder)
+    assert "model type `llama` runs with its own modules, which is slower: " in caplog.text
+    assert reason in caplog.text
+    assert {type(module).__name__ for module in runner.model.modules()} >= {"LlamaRMSNorm", "LlamaMLP", "Linear"}
+
+
 def test_missing_weights_are_refused_not_invented(folder: Path) -> None:
     edit(folder / "config.json", num_hidden_layers=3)
     with pytest.raises(ConfigError, match=r"its checkpoint lacks 9 weights, the first is model\.layers\.2\."):
@@ -92,7 +136,9 @@ def test_a_sharded_checkpoint(tiny_model: MakeModel, tmp_path: Path) -> None:
     assert len(checkpoint.weight_files(tmp_path)) > 2
     seen: list[tuple[str, int, int]] = []
     runner = load_model(CONFIG, tmp_path, progress=lambda what, done, total: seen.append((what, done, total)))
-    assert runner.info.weight_bytes == load_model(CONFIG, whole).info.weight_bytes
+    ours, theirs = (dict(each.model.named_parameters()) for each in (runner, load_model(CONFIG, whole)))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert ("probe", 2, 2) in seen
     assert any(what == "Loading weights" and done == total for what, done, total in seen)
 
@@ -110,12 +156,20 @@ def test_a_quantized_checkpoint_is_refused(folder: Path) -> None:
         (5, 1, (5,)),
         (None, [1, 2], (1, 2)),
         (None, None, ()),
+        (-1, 1, (1,)),
+        ([1, None], 2, (1,)),
+        ([-1, 320, True, "2"], [None, 319], (319,)),
+        (True, None, ()),
     ],
 )
 def test_eos_ids(generation: Any, config: Any, expected: tuple[int, ...], tmp_path: Path) -> None:
     if generation is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
-    assert checkpoint.eos_token_ids(tmp_path, {"eos_token_id": config}) == expected
+    assert checkpoint.eos_token_ids(tmp_path, {"eos_token_id": config}, 320) == expected
+
+
+def test_eos_ids_of_a_text_model_inside(tmp_path: Path) -> None:
+    assert checkpoint.eos_token_ids(tmp_path, {"eos_token_id": None, "text_config": {"eos_token_id": 7}}, 320) == (7,)
 
 
 @pytest.mark.parametrize("dtype", list(Dtype))

@@ -31,7 +31,7 @@ OUTSIDE = "its attention does not go through transformers' attention interface"
         ("lfm2", "only 1 of its 2 layers use attention through transformers' interface"),
         ("qwen3_next", "only 1 of its 2 layers use attention through transformers' interface"),
         ("diffllama", "a layer attends more than once in a forward pass"),
-        ("doge", "the paged forward pass gives other logits than the model's own attention"),
+        ("doge", "its attention mask is neither causal, sliding nor chunked"),
     ],
 )
 def test_a_type_that_cannot_be_served(model_type: str, reason: str, tiny_model: MakeModel) -> None:
@@ -79,14 +79,30 @@ def test_an_unknown_argument_that_says_nothing_is_accepted(llama: Any) -> None:
     assert len(record(llama)) == 2
 
 
+@pytest.mark.parametrize("change", [lambda mask: mask[..., :], lambda mask: mask + 0], ids=["sliced", "added to"])
+def test_a_mask_that_the_model_changes_is_not_taken_for_causal(llama: Any, change: Callable[[Any], Any]) -> None:
+    for layer in llama.model.layers:
+        own = layer.self_attn.forward
+        layer.self_attn.forward = lambda own=own, **given: own(
+            **{**given, "attention_mask": change(given["attention_mask"])}
+        )
+    with pytest.raises(Unservable, match="its attention mask is neither causal, sliding nor chunked"):
+        record(llama)
+
+
 def test_a_model_that_answers_differently_when_packed_is_refused(llama: Any) -> None:
     layers = record(llama)
     expected = probe.reference(llama, layers, vocab_size=320, dtype=torch.float32, device=torch.device("cpu"))
     with pytest.raises(Unservable, match="the path gives other logits"):
-        probe.verify(lambda inputs: torch.randn(inputs.num_tokens, 320), expected, block_size=4, what="the path")
+        probe.verify(
+            lambda inputs: torch.randn(len(inputs.logits_indices_L), 320), expected, block_size=4, what="the path"
+        )
     with pytest.raises(Unservable, match="the path gives other logits"):
         probe.verify(
-            lambda inputs: torch.full((inputs.num_tokens, 320), torch.nan), expected, block_size=4, what="the path"
+            lambda inputs: torch.full((len(inputs.logits_indices_L), 320), torch.nan),
+            expected,
+            block_size=4,
+            what="the path",
         )
 
 
@@ -114,8 +130,8 @@ def test_every_token_of_the_probe_runs_once() -> None:
     prompts = (torch.arange(40), torch.arange(21))
     rows = [row for step in probe.probe_steps(prompts, 16) for row in step]
     for sequence, prompt in enumerate(prompts):
-        covered = [position for row in rows if row.sequence == sequence for position in range(row.start, row.stop)]
-        assert covered == list(range(len(prompt)))
-    used = [block for row in rows for block in row.block_table]
+        mine = [row for row in rows if row.sequence.sequence_id == sequence]
+        assert [position for row in mine for position in range(row.start, row.end)] == list(range(len(prompt)))
+    used = [block for row in rows for block in row.sequence.block_table]
     assert max(used) <= probe.blocks_needed(16)
     assert 0 not in used

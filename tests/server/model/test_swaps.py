@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from text_generation_server.config import ShardConfig
+from text_generation_server.config import Dtype, ShardConfig
+from text_generation_server.model.bridge import Unservable
 from text_generation_server.model.loader import load_model
 from text_generation_server.model.swaps import attention, linears, mlp, norms, projections, table
+from text_generation_server.model.transformers_runner import TransformersRunner
 from torch import Tensor, nn
 
 MakeModel = Callable[..., Path]
@@ -53,9 +55,25 @@ class MLP(nn.Module):
 class LimitedMLP(MLP):
     """Clamps, but nothing that ordinary values would show."""
 
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.limit = limit
+
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).clamp(-20, 20))
+        up = self.up_proj(x).clamp(-self.limit, self.limit)
+        out: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * up)
         return out
+
+
+class ScaledMLP(MLP):
+    """By a number that is a weight."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([scale]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
 
 
 @pytest.mark.parametrize("rows", [1, 5, norms.FEW_ROWS])
@@ -66,8 +84,20 @@ def test_norms(rows: int, offset: float, dtype: torch.dtype) -> None:
     fast = norms.replace(own)
     assert isinstance(fast, norms.FastRMSNorm)
     x = torch.randn(3, rows, 24, dtype=dtype) * 3
-    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    torch.testing.assert_close(fast(x), own(x), rtol=tolerance, atol=tolerance)
+    tolerance = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}[dtype]  # of the last digit, at most
+    torch.testing.assert_close(fast(x), own(x), rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, norms.FEW_ROWS + 1])
+def test_one_plus_a_small_weight_keeps_its_digits(rows: int) -> None:
+    own = RMSNorm(24, offset=1.0)
+    nn.init.constant_(own.weight, 2**-8)  # bfloat16 has it, but not the sum
+    own = own.to(torch.bfloat16)
+    fast = norms.replace(own)
+    assert fast is not None
+    x = torch.randn(rows, 24, dtype=torch.bfloat16)
+    exact = own.float()(x.float())
+    torch.testing.assert_close(fast(x).float(), exact, rtol=2**-8, atol=0)  # one rounding
 
 
 def test_a_norm_that_does_something_else_stays() -> None:
@@ -83,6 +113,7 @@ def test_packed_linears(rows: int, inner: int, outer: int, bias: bool, dtype: to
     packed = linears.pack(own)
     assert isinstance(packed, linears.PackedLinear)
     assert (packed.weight.shape, packed.weight.dtype) == (own.weight.shape, own.weight.dtype)
+    assert packed.weight.isnan().all(), "a model that computes with it must not go unnoticed"
     x = torch.randn(rows, inner, dtype=dtype)
     with torch.inference_mode():
         torch.testing.assert_close(packed(x), F.linear(x, own.weight, own.bias), rtol=2e-2, atol=2e-2 if bias else 1e-2)
@@ -134,17 +165,45 @@ def test_a_gated_mlp(bias: bool, packs: bool, dtype: torch.dtype, monkeypatch: p
                 setattr(swapped, name, linears.pack(child) or child)
 
 
-@pytest.mark.parametrize(("kind", "swapped"), [(MLP, 1), (LimitedMLP, 0)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_mlp_that_clamps_far_out_of_range_stays(kind: type[MLP], swapped: int, dtype: torch.dtype) -> None:
+def swapped(*modules: nn.Module, dtype: torch.dtype = torch.float32) -> list[bool]:
+    """Which of some MLPs, one behind the other, are replaced."""
     torch.manual_seed(0)
-    model = nn.Sequential(kind()).to(dtype)
+    model = nn.Sequential(*modules).to(dtype)
 
-    def run() -> Tensor:
-        out: Tensor = model(torch.randn(8, 16, dtype=dtype))
-        return out
+    def run() -> object:
+        return model(torch.randn(8, 16, dtype=dtype))
 
-    assert table.apply(model, dtype=dtype, run=run, without=["projections"])["mlp"] == swapped
+    table.apply(model, dtype=dtype, run=run, without=["projections"])
+    return [isinstance(module, mlp.GatedMLP) for module in model]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_mlp_that_clamps_far_out_of_range_stays(dtype: torch.dtype) -> None:
+    assert swapped(MLP(), dtype=dtype) == [True]
+    assert swapped(LimitedMLP(20), dtype=dtype) == [False]
+
+
+def test_modules_of_one_class_that_differ_in_a_field_are_compared_each() -> None:
+    assert swapped(LimitedMLP(1e9), LimitedMLP(20), MLP(), LimitedMLP(20)) == [True, False, True, False]
+    scaled = [ScaledMLP(scale) for scale in (1.0, 0.98)]
+    assert swapped(*scaled, dtype=torch.bfloat16) == [True, False]
+
+
+@pytest.mark.parametrize("error", [AttributeError, KeyError, ValueError, RuntimeError])
+def test_a_module_that_fails_in_the_comparison_stays(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    def replace(module: nn.Module) -> None:
+        raise error("not made for this")
+
+    monkeypatch.setitem(table.REPLACEMENTS, "mlp", replace)
+    assert swapped(MLP()) == [False]
+
+
+def test_a_model_that_does_not_run_far_out_is_reported() -> None:
+    def run() -> None:
+        raise KeyError("no such position")
+
+    with pytest.raises(Unservable, match=r"it does not run with positions spread far \(KeyError: 'no such position'\)"):
+        table.apply(nn.Sequential(MLP()), dtype=torch.float32, run=run)
 
 
 def test_projections_of_one_input_share_a_product() -> None:
@@ -152,6 +211,10 @@ def test_projections_of_one_input_share_a_product() -> None:
     x, y = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
     expected = {(name, case): layer(value) for name, layer in module.items() for case, value in (("x", x), ("y", y))}
     assert projections.replace_children(module) == 1
+    weight = module["q_proj"].weight
+    assert isinstance(weight, Tensor)
+    assert weight.shape == (8, 8)
+    assert weight.isnan().all()
     for name in ("v_proj", "q_proj", "k_proj", "k_proj"):  # in any order, and again
         torch.testing.assert_close(module[name](x), expected[name, "x"])
     torch.testing.assert_close(module["q_proj"](x), expected["q_proj", "x"])
@@ -187,18 +250,60 @@ def test_rotation(heads: int) -> None:
 def test_what_is_swapped(
     model_type: str, changes: dict[str, Any], expected: dict[str, int], tiny_model: MakeModel, monkeypatch: Any
 ) -> None:
+    counted = counts(tiny_model(model_type, **changes), Dtype.FLOAT32, monkeypatch)
+    assert {name: counted[name] for name in expected} == expected
+
+
+def counts(folder: Path, dtype: Dtype, monkeypatch: Any) -> dict[str, int]:
+    """How many modules each swap replaces in a model."""
     counted: dict[str, int] = {}
     own = table.apply
     monkeypatch.setattr(table, "apply", lambda *args, **kwargs: counted.update(own(*args, **kwargs)))
-    load_model(ShardConfig(model_id="tiny", uds_path=Path("unused")), tiny_model(model_type, **changes))
+    runner = load_model(ShardConfig(model_id="tiny", uds_path=Path("unused"), dtype=dtype), folder)
+    assert any(isinstance(module, linears.PackedLinear) for module in runner.model.modules()), "the swaps were undone"
+    return counted
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "expected"),
+    [
+        pytest.param("llama", {}, {"norms": 5, "attention": 2, "mlp": 2, "layers": 2}, id="everything"),
+        pytest.param("smollm3", {}, {"attention": 1, "layers": 1}, id="a layer that does not rotate"),
+        pytest.param("granite", {"residual_multiplier": 0.97}, {"attention": 2, "layers": 0}, id="scaled residuals"),
+        pytest.param(
+            "granite",
+            {"residual_multiplier": 0.22, "embedding_multiplier": 12.0, "num_hidden_layers": 12},
+            {"attention": 12, "layers": 0},
+            id="residuals that are scaled much",
+        ),
+        pytest.param("gemma3_text", {}, {"norms": 19, "attention": 3, "mlp": 3}, id="norms of one plus weight"),
+    ],
+)
+def test_what_is_swapped_in_bfloat16(
+    model_type: str, changes: dict[str, Any], expected: dict[str, int], tiny_model: MakeModel, monkeypatch: Any
+) -> None:
+    """Small weights make small differences: they must show, as in float32."""
+    counted = counts(tiny_model(model_type, initializer_range=0.02, **changes), Dtype.BFLOAT16, monkeypatch)
     assert {name: counted[name] for name in expected} == expected
 
 
 def test_the_original_weights_are_freed(tiny_model: MakeModel) -> None:
     folder = tiny_model("llama")
     sizes = {
-        swaps: load_model(ShardConfig(model_id="tiny", uds_path=Path("unused"), swaps=swaps), folder).info.weight_bytes
+        swaps: weight_bytes(load_model(ShardConfig(model_id="tiny", uds_path=Path("unused"), swaps=swaps), folder))
         for swaps in (True, False)
     }
     head_bytes = 320 * 64 * 4  # tied to the embedding, which stays: the packed head is a copy
     assert sizes[True] == pytest.approx(sizes[False] + head_bytes, rel=0.01)
+
+
+def weight_bytes(runner: TransformersRunner) -> int:
+    """Of parameters and buffers, shared storage counted once."""
+    sizes = {}
+    for tensor in (*runner.model.parameters(), *runner.model.buffers()):
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        else:  # prepacked: the library's own layout
+            sizes[id(tensor)] = tensor.nbytes
+    return sum(sizes.values())

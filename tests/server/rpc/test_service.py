@@ -22,7 +22,7 @@ from text_generation_server.engine.engine import Engine, compute_thread
 from text_generation_server.engine.memory import DoesNotFit, KVPlan, WarmupLimits
 from text_generation_server.model.runner import ModelRunner
 from text_generation_server.rpc.server import Listener, listen, own
-from text_generation_server.rpc.service import TextGenerationService
+from text_generation_server.rpc.service import MAX_OUTSTANDING_STEPS, TextGenerationService
 
 GREEDY = pb.SamplingParameters(temperature=1, top_p=1, typical_p=1, repetition_penalty=1)
 
@@ -135,6 +135,29 @@ async def test_a_client_may_leave_and_another_begin(shard: Shard) -> None:
     again.cancel()
 
 
+async def test_a_reset_that_was_given_up_is_tried_again(shard: Shard) -> None:
+    shard.runner.gate = threading.Event()
+    call = shard.stub.Steps()
+    await call.write(prefill(1, new(1, prompt(1, 5))))
+    await asyncio.to_thread(shard.runner.entered.wait, 10)
+    for given_up in (
+        shard.stub.ClearCache(pb.ClearCacheRequest(epoch=1), timeout=0.05),
+        shard.stub.ClearCache(pb.ClearCacheRequest(epoch=2), timeout=0.05),
+        shard.stub.Warmup(pb.WarmupRequest(max_batch_size=1), timeout=0.05),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await given_up
+        assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    call.cancel()
+    shard.runner.gate.set()
+    await shard.stub.ClearCache(pb.ClearCacheRequest(epoch=3), timeout=10)
+    again = shard.stub.Steps()
+    await again.write(prefill(1, new(1, prompt(1, 5)), epoch=3))
+    result = await again.read()
+    assert list(result.generations[0].token_ids) == oracle_tokens(prompt(1, 5), 1)
+    again.cancel()
+
+
 async def test_health_is_answered_while_a_step_runs(shard: Shard) -> None:
     shard.runner.gate = threading.Event()
     call = shard.stub.Steps()
@@ -160,7 +183,7 @@ async def test_a_peer_that_sends_too_much_waits(shard: Shard) -> None:
 
     call = shard.stub.Steps(flood())
     await asyncio.sleep(0.1)
-    assert shard.engine._jobs.qsize() <= 3
+    assert shard.engine._jobs.qsize() == MAX_OUTSTANDING_STEPS - 1, "one is executed, the others are queued"
     shard.runner.gate.set()
     assert [result.step_id async for result in call] == list(range(1, 20))
 

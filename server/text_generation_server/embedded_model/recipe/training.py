@@ -187,7 +187,7 @@ def exact_matches(model: LlamaForCausalLM, rows: list[Row]) -> float:
     """Part of the rows whose whole answer greedy decoding would write, end token included."""
     sequence = packed(rows, None)
     wrong_N = answer_logits(model, sequence).argmax(-1).cpu() != sequence.ids_P[sequence.answers_N]
-    return 1 - len(sequence.rows_N[wrong_N].unique()) / len(rows)
+    return 1 - len(set(sequence.rows_N[wrong_N].tolist())) / len(rows)
 
 
 def batchwise_attention(
@@ -207,7 +207,7 @@ def batchwise_attention(
     """
     heads, groups, width = query_1HPD.shape[1], key_1GPD.shape[1], query_1HPD.shape[-1]
     sizes = [b * t for b, t in batch_shapes]
-    parts = (tensor[0].split(sizes, dim=1) for tensor in (query_1HPD, key_1GPD, value_1GPD))
+    parts = (torch.split(tensor[0], sizes, dim=1) for tensor in (query_1HPD, key_1GPD, value_1GPD))
     outputs = []
     for (b, t), query, key, value in zip(batch_shapes, *parts, strict=True):
         query_BGRTD = query.view(groups, heads // groups, b, t, width).permute(2, 0, 1, 3, 4)

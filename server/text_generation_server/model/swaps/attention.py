@@ -53,7 +53,8 @@ class FusedAttention(nn.Module):
         heads = self.qkv(hidden_states[0]).view(-1, rotating + self.kv_heads, self.head_dim)
         pair, value = heads[:, :rotating], heads[:, rotating:]
         if self.norm_weight is not None:
-            pair = F.rms_norm(pair, (self.head_dim,), None, self.norm_eps) * self.norm_weight
+            wide = pair.to(self.norm_weight.dtype)
+            pair = (F.rms_norm(wide, (self.head_dim,), None, self.norm_eps) * self.norm_weight).to(pair.dtype)
         pair = rotate(pair, *position_embeddings)
         attended = bridge.attend(
             self,

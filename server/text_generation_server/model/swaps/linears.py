@@ -5,6 +5,8 @@ Measured on 2 cores with AVX512-BF16, 576 -> 960 in bfloat16: 29 us plain, 16 us
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -47,8 +49,12 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Shape, dtype and device only, for models that ask their layers for them: zeros that occupy nothing."""
-        return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.out_features, self.in_features)
+        """Shape, dtype and device, for models that ask their layers for them.
+
+        Not-a-number that occupies nothing: what computes with it does not go unnoticed.
+        """
+        nan = torch.full((), math.nan, dtype=self.dtype, device=self.device)
+        return nan.expand(self.out_features, self.in_features)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

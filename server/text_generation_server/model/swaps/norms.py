@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import torch
@@ -19,19 +20,20 @@ class FastRMSNorm(nn.Module):
     place in float32 is faster. In float32 the library's own order of operations is kept.
     """
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    def __init__(self, weight: Tensor, eps: float, dtype: torch.dtype) -> None:
+        """``dtype`` is the input's; on a CPU the weight may be in float32 all the same."""
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.shape = tuple(weight.shape)
         self.eps = eps
-        self.few_operations = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
         self.mirror: Tensor
         self.mirrored_weight: Tensor
-        self.register_buffer("mirror", weight.new_tensor([[1.0], [-1.0]]), persistent=False)
+        mirror = torch.tensor([[1.0], [-1.0]], dtype=dtype, device=weight.device)
+        self.register_buffer("mirror", mirror, persistent=False)
         self.register_buffer("mirrored_weight", torch.stack((weight, weight)).detach(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.few_operations:
+        if x.dtype == torch.float32 or x.device.type != "cpu":
             return F.rms_norm(x, self.shape, self.weight, self.eps)
         if x.numel() <= FEW_ROWS * x.shape[-1]:
             mirrored = x.unsqueeze(-2) * self.mirror
@@ -52,12 +54,16 @@ def replace(module: nn.Module) -> nn.Module | None:
         return None
     if len(inspect.signature(module.forward).parameters) != 1:  # a gate, or a residual
         return None
-    x = torch.sin(torch.arange(4 * len(weight), device=weight.device).view(4, -1).float()).to(weight.dtype)
+    own = copy.deepcopy(module).float()
+    own_weight = weight.detach().float()
+    x = torch.sin(torch.arange(4 * len(weight), device=weight.device).view(4, -1).float())
     with torch.inference_mode():
-        own = module(x)
-        for candidate in (weight.detach(), (weight.detach().float() + 1).to(weight.dtype)):
-            fast = FastRMSNorm(candidate, eps)
-            error = (fast(x).float() - own.float()).norm() / own.float().norm()
-            if own.dtype == x.dtype and error <= (1e-5 if x.dtype == torch.float32 else 1e-2):
-                return fast
+        expected = own(x)
+        for offset in (0, 1):
+            found = F.rms_norm(x, (len(weight),), own_weight + offset, eps)
+            if (found - expected).norm() <= 1e-5 * expected.norm():
+                if offset == 0:
+                    return FastRMSNorm(weight.detach(), eps, weight.dtype)
+                if weight.dtype == torch.float32 or weight.device.type == "cpu":
+                    return FastRMSNorm(own_weight + 1, eps, weight.dtype)  # the sum has more digits than the weight
     return None

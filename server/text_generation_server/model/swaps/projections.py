@@ -6,6 +6,8 @@ gets one product for q, k and v, without a line of its forward rewritten.
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from text_generation_server.model.swaps.linears import fuse, plain_weights
@@ -49,7 +51,7 @@ class Part(nn.Module):
     def weight(self) -> Tensor:
         """As in `PackedLinear`: for shape, dtype and device."""
         whole = self.shared.fused.weight
-        return whole.new_zeros(()).expand(self.out_features, self.in_features)
+        return whole.new_full((), math.nan).expand(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.shared.part(x, self.index)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from text_generation_server.errors import first_line
+from text_generation_server.model import bridge
 from text_generation_server.model.bridge import Unservable
 from text_generation_server.model.swaps import attention, layers, linears, mlp, norms, projections
 
@@ -32,10 +34,15 @@ REPLACEMENTS: dict[str, Callable[[nn.Module], nn.Module | None]] = {
 NAMES = (*REPLACEMENTS, "projections", "linears")
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest distance of outputs relative to their norm; a few roundings of the number format."""
-LARGE_INPUT = 64
-LARGE_INPUT_TOLERANCE = 1e-2
-"""In float32. Scores grow with the square of the input, and their rounding errors with them."""
+"""Largest distance of outputs relative to their norm: a few roundings of the number format. In a short one that is more
+than many a mistake makes."""
+TOLERANCE_IN_FLOAT32 = {1: 1e-4, 64: 1e-2}
+"""Of the first module of each kind, by the factor of its input. Some models clamp, which ordinary values do not show;
+but scores grow with the square of the input, and their rounding errors with them."""
+ROUNDING = 1e-6
+"""Of float32 numbers, with room."""
+PER_LAYER = frozenset({"layer_idx", "layer_id", bridge.LAYER_ATTRIBUTE})
+"""Fields that differ between modules of one kind."""
 
 
 @dataclass(slots=True)
@@ -77,41 +84,79 @@ def _replace_checked(
     model: nn.Module, replace: Callable[[nn.Module], nn.Module | None], run: Callable[[], object], tolerance: float
 ) -> int:
     calls = _record(model, [module for module in model.modules() if _might_replace(module)], run)
-    equal_far_out: dict[type, bool] = {}
+    kinds: dict[Any, bool] = {}
 
     def checked(module: nn.Module) -> nn.Module | None:
         call = calls.get(module)
-        replacement = replace(module) if call is not None else None
-        if call is None or replacement is None:
+        if call is None:
             return None
         try:
-            same = _same(replacement.eval()(*call.args, **call.kwargs), call.output, tolerance)
-            if same and type(module) not in equal_far_out:
-                equal_far_out[type(module)] = _same_far_out(module, replace, call)
-        except (Unservable, RuntimeError, TypeError, AssertionError, IndexError) as error:
+            replacement = replace(module)
+            if replacement is None:
+                return None
+            kind = _kind(module)
+            if kind not in kinds:
+                kinds[kind] = False  # also if the comparison fails
+                kinds[kind] = _same_in_float32(module, replace, call)
+            same = kinds[kind] and _same(replacement.eval()(*call.args, **call.kwargs), call.output, tolerance)
+        except Exception as error:  # whatever a stranger's module may raise where it does not fit
             logger.debug("%s keeps its own forward: %s", type(module).__name__, error)
             return None
-        return replacement if same and equal_far_out[type(module)] else None
+        return replacement if same else None
 
     return _replace(model, checked)
 
 
-def _same_far_out(module: nn.Module, replace: Callable[[nn.Module], nn.Module | None], call: Call) -> bool:
-    """Compare on a hidden state far out of range, in float32: some models clamp, which ordinary values do not show.
+def _kind(module: nn.Module) -> Any:
+    """What decides how a module computes, but the values of its weights: equal for modules of one kind."""
+    return tuple(
+        (
+            name,
+            type(each),
+            *((key, _value(value)) for key, value in vars(each).items() if key not in _INTERNAL | PER_LAYER),
+            *((key, _value(tensor)) for key, tensor in each.named_parameters(recurse=False)),
+            *((key, _value(tensor)) for key, tensor in each.named_buffers(recurse=False)),
+        )
+        for name, each in module.named_modules()
+    )
 
-    Done on a copy of one module of each class, so that weights of a whole model are not converted.
+
+_INTERNAL = frozenset(vars(nn.Module()))
+
+
+def _value(value: Any) -> Any:
+    """What is compared of a field. Objects that are not plain values are equal only to themselves."""
+    if isinstance(value, dict):
+        return tuple((key, _value(each)) for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_value(each) for each in value)
+    if isinstance(value, Tensor):  # a single number may switch something off
+        return value.shape, value.dtype, value.item() if value.numel() == 1 else None
+    return value if value is None or isinstance(value, bool | int | float | str | torch.dtype) else id(value)
+
+
+def _same_in_float32(module: nn.Module, replace: Callable[[nn.Module], nn.Module | None], call: Call) -> bool:
+    """Compare on the recorded input and far out of range, in float32, where roundings hide nothing.
+
+    Done on a copy of one module of each kind, so that weights of a whole model are not converted.
     """
     own = copy.deepcopy(module).float()
     replacement = replace(own)
     if replacement is None:
         return False
-    args, kwargs = _as_float(call.args), _as_float(call.kwargs)
-    if args and isinstance(args[0], Tensor):
-        args = (args[0] * LARGE_INPUT, *args[1:])
-    elif isinstance(kwargs.get("hidden_states"), Tensor):
-        kwargs["hidden_states"] = kwargs["hidden_states"] * LARGE_INPUT
-    output = own(*args, **kwargs)
-    return _same(replacement.eval()(*args, **kwargs), output, LARGE_INPUT_TOLERANCE)
+    replacement.eval()
+    for factor, tolerance in TOLERANCE_IN_FLOAT32.items():
+        args, kwargs = _as_float(call.args), _as_float(call.kwargs)
+        if args and isinstance(args[0], Tensor):
+            hidden = args[0] * factor
+            args = (hidden, *args[1:])
+        else:
+            hidden = kwargs["hidden_states"] = kwargs["hidden_states"] * factor
+        # What a layer adds to its input is all that it does: the sum would hide it.
+        added_to = hidden if isinstance(replacement, layers.FusedLayer) else None
+        if not _same(replacement(*args, **kwargs), own(*args, **kwargs), tolerance, added_to):
+            return False
+    return True
 
 
 def _as_float(value: Any) -> Any:
@@ -140,6 +185,10 @@ def _record(model: nn.Module, modules: list[nn.Module], run: Callable[[], object
     hooks = [module.register_forward_hook(note, with_kwargs=True) for module in modules]
     try:
         run()
+    except Unservable:
+        raise
+    except Exception as error:
+        raise Unservable(f"it does not run with positions spread far ({first_line(error)})") from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -160,10 +209,14 @@ def _replace(model: nn.Module, replace: Callable[[nn.Module], nn.Module | None])
     return len(done)
 
 
-def _same(ours: Any, theirs: Any, tolerance: float) -> bool:
+def _same(ours: Any, theirs: Any, tolerance: float, added_to: Tensor | None = None) -> bool:
+    """Whether outputs, or first outputs, are equal but for roundings. ``added_to`` is the part that needs no look."""
     if isinstance(theirs, tuple):
         ours, theirs = ours[0], theirs[0]
     if not isinstance(ours, Tensor) or ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return False
     ours, theirs = ours.float().nan_to_num(), theirs.float().nan_to_num()
-    return bool((ours - theirs).norm() <= tolerance * theirs.norm())
+    distance = (ours - theirs).norm()
+    if added_to is None:
+        return bool(distance <= tolerance * theirs.norm())
+    return bool(distance <= tolerance * (theirs - added_to).norm() + ROUNDING * theirs.norm())
