@@ -15,6 +15,17 @@ FALSE = frozenset({"false", "0", "no", "n", "off"})
 
 INVALID_HOSTNAME = "Invalid hostname, defaulting to 0.0.0.0"
 
+WITHOUT_EFFECT = (
+    "PREFILL_CHUNKING",
+    "USE_FLASH_ATTENTION",
+    "TGI_WIGGLE_ROOM",
+    "DISABLE_EXLLAMA",
+    "EXLLAMA_VERSION",
+    "XPU_MEMORY_FRACTION",
+    "MAX_IMAGE_FETCH_SIZE",
+)
+"""Switches of TGI that are no flags, for what is always on here or does not exist."""
+
 
 def adopt(environ: MutableMapping[str, str]) -> list[str]:
     """Bring ``environ`` into the form that the command line reads; return warnings.
@@ -36,6 +47,8 @@ def adopt(environ: MutableMapping[str, str]) -> list[str]:
     if (hostname := environ.get("HOSTNAME", "")) and address(hostname) is None:
         warnings.append(INVALID_HOSTNAME)
         del environ["HOSTNAME"]
+    if ignored := [name for name in WITHOUT_EFFECT if environ.get(name)]:
+        warnings.append(f"Without effect in this server: {', '.join(ignored)}")
     return warnings
 
 

@@ -29,6 +29,7 @@ def with_parameters(text: str) -> bytes:
         pytest.param(b'\xef\xbb\xbf{"inputs":"hi"}', id="byte order mark"),
         pytest.param('{"inputs":"hi"}'.encode("utf-16"), id="UTF-16"),
         pytest.param(b'{"inputs":"\xff\xfe"}', id="invalid UTF-8"),
+        pytest.param(b'{"inputs":"hi","unknown":"\xff"}', id="invalid UTF-8 in a field that nobody reads"),
         pytest.param(b'{"inputs":"\\ud800"}', id="lone surrogate"),
         pytest.param(b'{"inputs":"a\x00b"}', id="raw NUL"),
         pytest.param(with_parameters('"temperature":NaN'), id="NaN"),

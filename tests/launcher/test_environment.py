@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from text_generation_launcher.environment import without_flags
+from text_generation_launcher.environment import adopt, without_flags
 
 
 def test_children_inherit_no_flag_in_either_form() -> None:
@@ -9,3 +9,9 @@ def test_children_inherit_no_flag_in_either_form() -> None:
         "PATH": "/bin",
         "TGI_PORT_80_TCP": "tcp://x",
     }
+
+
+def test_switches_that_do_nothing_are_named() -> None:
+    assert adopt({"USE_FLASH_ATTENTION": "false", "PREFILL_CHUNKING": "1", "EXLLAMA_VERSION": ""}) == [
+        "Without effect in this server: PREFILL_CHUNKING, USE_FLASH_ATTENTION"
+    ]

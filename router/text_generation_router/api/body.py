@@ -40,6 +40,8 @@ async def read_json(scope: Scope, receive: Receive, decoder: msgspec.json.Decode
 def decode(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
     """Decode strictly. Raises: NotJson, WrongJson."""
     try:
+        if not body.isascii():
+            body.decode()  # the decoder skips over what it does not know
         decoded = decoder.decode(body)
     except msgspec.ValidationError as error:
         raise WrongJson(_reason(str(error))) from None
