@@ -28,7 +28,7 @@ $(VENV)/clients/.installed: .ci/constraints-clients.txt
 clients: $(VENV)/clients/.installed
 
 run: install
-	@$(BIN)/text-generation-launcher --port $(PORT) $(if $(MODEL_ID),--model-id $(MODEL_ID)) $(ARGS)
+	@$(BIN)/text-generation-launcher --port $(PORT) $(if $(MODEL_ID),--model-id "$(MODEL_ID)") $(ARGS)
 
 test: install clients
 	$(BIN)/python -m pytest

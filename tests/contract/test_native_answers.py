@@ -207,3 +207,14 @@ async def test_the_log_has_tgis_fields_and_no_text_of_the_client(caplog: pytest.
         assert (span["queue_time"], span["inference_time"], span["time_per_token"]) == ("2ms", "300ms", "100ms")
         assert span["seed"] == 3
     assert "canary" not in "".join(str(vars(record)) for record in caplog.records if "httpx" not in record.name)
+
+
+async def test_a_request_that_fails_leaves_a_line_without_the_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    async with scripted.running() as router:
+        with caplog.at_level("WARNING"):
+            body = {"inputs": "a secret", "parameters": {"temperature": 0}}
+            assert (await router.client.post("/generate", json=body)).status_code == 422
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith("generate failed with 422: Input validation error: `temperature`")
+    assert "secret" not in caplog.text

@@ -20,16 +20,20 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def counted(metrics: Metrics) -> Iterator[None]:
-    """Count a request, and how it ended, exactly once. A defect is logged and becomes an InternalError."""
+def counted(metrics: Metrics, route: str) -> Iterator[None]:
+    """Count a request, and how it ended, exactly once; log how it failed. A defect becomes an InternalError."""
     metrics.request_count.inc()
     try:
         yield
     except RouterError as error:
         metrics.request_failure.inc(err=error.metric)
+        # The client's own mistakes are no errors of the server; none of the texts quotes a prompt.
+        level = logging.WARNING if error.status < 500 and error.status != 424 else logging.ERROR
+        logger.log(level, "%s failed with %d: %s", route, error.status, error)
         raise
     except (ClientGone, asyncio.CancelledError):
         metrics.request_cancelled.inc()
+        logger.info("%s: the client went away", route)
         raise
     except Exception as error:
         metrics.request_failure.inc(err=InternalError.metric)

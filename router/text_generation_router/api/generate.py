@@ -80,7 +80,7 @@ class GenerateRoutes:
 
     async def _answer(self, scope: Scope, send: Send, request: GenerateRequest, *, as_list: bool) -> None:
         started_at = time.perf_counter()
-        with counted(self._metrics):
+        with counted(self._metrics, "generate"):
             result = await self._inference.generate(request, traceparent=traceparent(scope))
         total_s = time.perf_counter() - started_at
         record_success(self._metrics, "generate", request.parameters, result.best.finished, total_s)
@@ -94,7 +94,7 @@ class GenerateRoutes:
         parameters = request.parameters
         response = EventStreamResponse(send, self._stream_headers(request))
         try:
-            with counted(self._metrics):
+            with counted(self._metrics, "generate_stream"):
                 async with await self._inference.stream(request, traceparent=traceparent(scope)) as generation:
                     prefix = generation.inputs if parameters.return_full_text else ""
                     relayed = await relay(generation, response, prefix=prefix, details=parameters.details)
