@@ -7,7 +7,7 @@ import ipaddress
 import logging
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -71,6 +71,7 @@ class HttpServer(uvicorn.Server):
         )
         self._sock = sock
         self._listening = asyncio.Event()
+        self._closing = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     async def listen(self) -> None:
@@ -90,6 +91,7 @@ class HttpServer(uvicorn.Server):
     async def close(self) -> None:
         """Stop listening, close idle connections, give the others CLOSE_S."""
         self.should_exit = True
+        self._closing.set()
         if self._task is not None:
             await self._task
         self._sock.close()
@@ -97,6 +99,12 @@ class HttpServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._listening.set()
+
+    async def main_loop(self) -> None:
+        """Keep the date of the headers right. uvicorn's own wakes ten times a second, also when nothing happens."""
+        while not await self.on_tick(0):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), 1.0)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
