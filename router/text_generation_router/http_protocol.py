@@ -36,10 +36,7 @@ class HttpProtocol(HttpToolsProtocol):
             self.send_400_response("Invalid HTTP request received.")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for cycle in self._unanswered:
-            if not cycle.response_complete:
-                cycle.disconnected = True
-                cycle.message_event.set()
+        self._give_up_answers()
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
@@ -90,6 +87,11 @@ class HttpProtocol(HttpToolsProtocol):
         self.data_received(b"\r\n".join(lines) + b"\r\n\r\n" + rest)
 
     def _abort(self) -> None:
-        for cycle in self._unanswered:
-            cycle.disconnected = True
+        self._give_up_answers()  # now: `connection_lost` comes a turn of the loop later
         self.transport.abort()
+
+    def _give_up_answers(self) -> None:
+        for cycle in self._unanswered:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()

@@ -5,8 +5,6 @@ Start-up errors are `config.ConfigError`: one line with cause and remedy, then e
 
 from __future__ import annotations
 
-import torch
-
 
 class ShardError(Exception):
     """Base of the errors that a peer is told about; the text is meant for it."""
@@ -26,6 +24,8 @@ class NotEnoughMemory(ShardError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that an allocation failed, on any device torch runs on."""
+    import torch  # here: a download reports errors as well, and needs no torch
+
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     # The CPU allocator has no class of its own: only its name in the text tells.

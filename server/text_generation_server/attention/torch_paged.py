@@ -2,7 +2,7 @@
 
 Decode rows copy whole pages to one place and attend to them there: each key/value head of a row is one small attention
 problem whose queries are its query group. Prompt chunks go through ``scaled_dot_product_attention`` one sequence at a
-time, so nothing is padded.
+time: none is padded to the length of another.
 
 Shape legend: T tokens of the step, R decode rows, H query heads, K key/value heads, G query heads per K, P pairs of a
 row and a key/value head, D key width, E value width, L keys read, N queries of one prompt chunk, B blocks.

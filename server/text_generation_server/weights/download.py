@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 
 from text_generation_proto.logs import send_event
 
-from text_generation_server.weights.hub_errors import BrokenOff, first_line, retried
+from text_generation_server.errors import first_line
+from text_generation_server.weights.hub_errors import BrokenOff, retried
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from text_generation_server.config import ConfigError
+from text_generation_server.errors import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +112,3 @@ def _unreachable(model_id: str, cause: BaseException) -> str:
         f"the hub cannot be reached and `{model_id}` is not complete in the cache ({first_line(cause)}); "
         "check the network, HF_ENDPOINT and the proxy settings, or give a local folder"
     )
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
