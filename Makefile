@@ -11,11 +11,14 @@ PROTO := text_generation_proto/v1/generate.proto
 
 # One stamp for the whole environment: rebuilt when what it is made from changes.
 $(VENV)/.installed: pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"Python 3.11 or newer is needed, $(PYTHON) is %d.%d: name another with PYTHON=" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
+	@echo "Installing PyTorch and the rest into $(VENV), once: minutes, and without a word while pip works"
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint .ci/constraints.txt --editable ".[dev]"
-	touch $@
+	@touch $@
 
 install: $(VENV)/.installed
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from text_generation_launcher.devices import Devices
-from text_generation_launcher.environment import FALSE, INVALID_HOSTNAME, address
+from text_generation_launcher.environment import FALSE, address, invalid_hostname
 from text_generation_launcher.errors import ArgumentValidation, NotEnoughCUDADevices
 from text_generation_launcher.flags import OTLP_SERVICE_NAME, Flags, Switch
 
@@ -177,10 +177,12 @@ def _attention(flags: Flags) -> str | None:
 
 def _hostname(hostname: str) -> tuple[str, tuple[str, ...]]:
     found = address(hostname)
-    return ("0.0.0.0", (INVALID_HOSTNAME,)) if found is None else (found, ())
+    return ("0.0.0.0", (invalid_hostname(hostname),)) if found is None else (found, ())
 
 
 def _source(model_id: str) -> ModelSource:
+    if not model_id.strip():
+        raise ArgumentValidation(f"`model_id` must not be empty; without the flag it is `{EMBEDDED}`")
     if model_id == EMBEDDED:
         return ModelSource.EMBEDDED
     if Path(model_id).is_dir():

@@ -13,8 +13,6 @@ PREFIX = "TGI_"
 TRUE = frozenset({"true", "1", "yes", "y", "on"})
 FALSE = frozenset({"false", "0", "no", "n", "off"})
 
-INVALID_HOSTNAME = "Invalid hostname, defaulting to 0.0.0.0"
-
 WITHOUT_EFFECT = (
     "PREFILL_CHUNKING",
     "USE_FLASH_ATTENTION",
@@ -45,7 +43,7 @@ def adopt(environ: MutableMapping[str, str]) -> list[str]:
             environ[flag.variable] = _normal(flag, value)
     # In a container HOSTNAME is the container's id, not a wish.
     if (hostname := environ.get("HOSTNAME", "")) and address(hostname) is None:
-        warnings.append(INVALID_HOSTNAME)
+        warnings.append(invalid_hostname(hostname))
         del environ["HOSTNAME"]
     if ignored := [name for name in WITHOUT_EFFECT if environ.get(name)]:
         warnings.append(f"Without effect in this server: {', '.join(ignored)}")
@@ -91,6 +89,11 @@ def address(hostname: str) -> str | None:
     except ValueError:
         return None
     return hostname
+
+
+def invalid_hostname(hostname: str) -> str:
+    """TGI's warning, and what it is about."""
+    return f"Invalid hostname, defaulting to 0.0.0.0: {hostname!r} is no IP address"
 
 
 def _normal(flag: FlagInfo, value: str) -> str:

@@ -146,7 +146,7 @@ class Flags:
     ] = None
     max_batch_prefill_tokens: Annotated[
         int | None,
-        number("--max-batch-prefill-tokens", help="Prompt tokens in one step; default: derived."),
+        number("--max-batch-prefill-tokens", help="Prompt tokens in one step; default: 4096, on a CPU 512."),
     ] = None
     max_batch_total_tokens: Annotated[
         int | None,

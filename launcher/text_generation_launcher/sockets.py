@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,9 @@ from text_generation_launcher.errors import CannotListen
 _LONGEST_PATH = 107
 """Bytes of a unix socket's path on Linux, without the closing zero."""
 _PRIVATE_NAME = "shard"
+_PREFIX = "text-generation-launch-"
+_STALE_AFTER_S = 60.0
+"""A younger folder may belong to a launch that has not locked it yet."""
 
 
 def check_port(hostname: str, port: int) -> None:
@@ -68,10 +73,41 @@ def socket_path(given: str | None, num_shard: int) -> Iterator[str]:
         yield str(path)
         return
     folder = _private_folder(num_shard)
+    # Held as long as this process lives, however it ends: a launcher that was killed could not tidy up.
+    lock = _lock(folder)
     try:
+        _remove_left_behind(folder.parent)
         yield str(folder / _PRIVATE_NAME)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock; None where another process has it, or the folder is not ours."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_left_behind(parent: Path) -> None:
+    """Remove the folders of this user's launches that are no more."""
+    for folder in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            status = folder.lstat()
+            if status.st_uid != os.getuid() or time.time() - status.st_mtime < _STALE_AFTER_S:
+                continue
+            if (lock := _lock(folder)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
 
 
 def _longest(path: Path, num_shard: int) -> str:
@@ -84,12 +120,11 @@ def _is_short(path: Path, num_shard: int) -> bool:
 
 def _private_folder(num_shard: int) -> Path:
     """A fresh folder that only this user can enter (mkdtemp makes it 0700)."""
-    prefix = "text-generation-"
     try:
-        folder = Path(tempfile.mkdtemp(prefix=prefix)).absolute()
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX)).absolute()
         if not _is_short(folder / _PRIVATE_NAME, num_shard):
             folder.rmdir()
-            folder = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))
+            folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise CannotListen(

@@ -82,6 +82,7 @@ class Supervisor:
             await asyncio.wait([life])
             if life.cancelled():
                 await self._stop()
+                self._sink.info("Stopped")
                 return 0 if self._second_signal is None else 128 + self._second_signal
             await self._stop_after_failure()
             await life
@@ -100,7 +101,7 @@ class Supervisor:
     def _on_signal(self, number: int, life: asyncio.Task[None]) -> None:
         self._num_signals += 1
         if self._num_signals == 1:
-            self._sink.info(f"Received {signal.Signals(number).name}, stopping")
+            self._sink.info(f"Received {signal.Signals(number).name}, stopping{self._how_long()}")
             life.cancel()  # does nothing after a failure: then the end has begun already
             return
         self._sink.warning(f"Received {signal.Signals(number).name} again, stopping at once")
@@ -112,6 +113,11 @@ class Supervisor:
             # It drains already: asked again it ends its streams with an error instead of a broken connection.
             self._router.signal(signal.SIGTERM)
             asyncio.get_running_loop().call_later(LAST_WORD_S, self._router.kill_group)
+
+    def _how_long(self) -> str:
+        if not self._serving:
+            return ""
+        return f": running requests may end within {self._grace_s:g} s, the same signal again stops at once"
 
     # -- the phases ---------------------------------------------------------------------------------
 

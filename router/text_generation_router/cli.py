@@ -26,7 +26,7 @@ HELP = {
     "max_input_tokens": "Longest prompt. Default: max-total-tokens - 1.",
     "max_total_tokens": "Prompt and output of one request. Default: what fits, and the model's positions allow.",
     "waiting_served_ratio": "Hold admission until so many wait for each that runs. Default: admit at once.",
-    "max_batch_prefill_tokens": "Tokens of prompt in one step. Default: 4096.",
+    "max_batch_prefill_tokens": "Tokens of prompt in one step. Default: 4096, on a CPU 512.",
     "max_batch_total_tokens": "Tokens of KV cache for all running requests. Default: what fits.",
     "max_waiting_tokens": "Steps after which that hold ends. Default: admit at once.",
     "max_batch_size": "Running requests. Default: as many as fit.",

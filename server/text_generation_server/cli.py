@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -21,6 +22,21 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 LoggerLevel = Annotated[str, typer.Option(help="trace, debug, info, warn or error; LOG_LEVEL wins when set.")]
 JsonOutput = Annotated[bool, typer.Option("--json-output", help="Accepted as by TGI; the log is JSON lines always.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model repository's own code.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"text-generation-server {version('text-generation-inference')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    _version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Load a model and compute its tokens for the router, which does all the rest."""
 
 
 @app.command()

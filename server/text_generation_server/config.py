@@ -33,6 +33,9 @@ class ShardConfig:
     """Name in the attention registry; None picks by device."""
     block_size: int = 16
     prefill_logprobs: bool = False
+    max_input_tokens: int | None = None
+    max_total_tokens: int | None = None
+    """Both are the router's, which refuses what is longer; here they are compared with the model's positions."""
     cuda_memory_fraction: float = 1.0
     swaps: bool = True
     """Replace modules by their faster equals; off runs the library's own modules (for tests and for diagnosis)."""
@@ -71,7 +74,6 @@ class ServeFlags:
     otlp_endpoint: str | None = None
     otlp_service_name: str = OTLP_SERVICE_NAME
     max_input_tokens: int | None = None
-    """Checked, and otherwise the router's: it refuses what is longer."""
 
 
 def resolve(flags: ServeFlags, env: Mapping[str, str]) -> ShardConfig:
@@ -91,6 +93,8 @@ def resolve(flags: ServeFlags, env: Mapping[str, str]) -> ShardConfig:
         uds_path=uds_path,
         attention=env.get("ATTENTION") or None,
         prefill_logprobs=_boolean(env, "REQUEST_LOGPROBS", default=False),
+        max_input_tokens=flags.max_input_tokens,
+        max_total_tokens=_integer(env, "MAX_TOTAL_TOKENS", default=1, least=1) if env.get("MAX_TOTAL_TOKENS") else None,
         cuda_memory_fraction=_fraction(env, "CUDA_MEMORY_FRACTION"),
         swaps=_boolean(env, "TGI_SWAPS", default=True),
         launcher_nonce=env.get("TGI_LAUNCHER_NONCE", ""),

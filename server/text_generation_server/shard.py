@@ -64,6 +64,7 @@ def run_shard(config: ShardConfig, source: ModelSource, env: Mapping[str, str], 
         with timed(seconds, "load"):
             tokenizer = stack.enter_context(tokenizer_folder(source.folder, trust_remote_code=config.trust_remote_code))
             runner = compute.submit(load_model, config, source.folder, group, _progress_reporter()).result()
+        compute.submit(_log_model, runner).result()  # each thread has its own number of threads
         shape = _model_shape(runner, source.folder)
         engine = Engine(
             runner,
@@ -138,6 +139,14 @@ def usable_cores(root: Path = Path("/")) -> int:
     return cores
 
 
+def _log_model(runner: ModelRunner) -> None:
+    """What a person asks first when the server is slow: which number format, where, with how many threads."""
+    info = runner.info
+    threads = f", {torch.get_num_threads()} threads" if info.device.type == "cpu" else ""
+    dtype = str(info.dtype).removeprefix("torch.")
+    logger.info("%s in %s on %s%s, attention %s", info.model_type, dtype, info.device, threads, info.attention)
+
+
 def _progress_reporter() -> Callable[[str, int, int], None]:
     """Sends progress of loading as events: the ends of every stage, and at most four a second between."""
     last_event = 0.0
@@ -183,7 +192,8 @@ def _plan(runner: ModelRunner, limits: WarmupLimits, shape: ModelShape, config: 
     else:
         left = available_cpu_bytes()
         available_bytes = int(left * CPU_SHARE / config.world_size)
-        available = f"{available_bytes / 2**30:.2f} GiB, {CPU_SHARE:.0%} of what is free for {config.world_size} shards"
+        shared = f" for {config.world_size} shards" if config.world_size > 1 else ""
+        available = f"{available_bytes / 2**30:.2f} GiB, {CPU_SHARE:.0%} of what is free{shared}"
     return plan_kv_blocks(
         limits,
         shape,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from pathlib import Path
 
@@ -18,9 +19,10 @@ def test_a_launch_that_was_killed_is_gone_on_with_by_the_next(tiny_llama: Path, 
     with served(org__tiny=Repository(files)) as hub:
         environ = {**ONE_THREAD, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
         hub.stall_after[WEIGHTS] = [nine_tenths]
+        name = f"{hashlib.sha256(files[WEIGHTS]).hexdigest()}.incomplete"
         with starting("--model-id", "org/tiny", environ=environ) as killed:
             deadline = time.monotonic() + WITHIN_S
-            while nine_tenths not in [path.stat().st_size for path in tmp_path.rglob("*.incomplete")]:
+            while nine_tenths not in [path.stat().st_size for path in tmp_path.rglob(name)]:
                 assert time.monotonic() < deadline and killed.process.poll() is None
                 time.sleep(0.02)
             killed.process.kill()

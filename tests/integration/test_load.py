@@ -123,8 +123,9 @@ def test_idle_ranks_do_not_spin_while_they_wait_for_each_other(tiny_llama: Path)
 def assert_idle(server: Launched, roles: set[str]) -> None:
     generate(server, "hi", max_new_tokens=20)
     wait_until_idle(server)
-    used = idle_cpu_s(server.processes(), over_s=3.0)
-    assert set(used) == roles
-    # What spins uses all of the time. Figures are for benchmarks: on a machine that has to wake up its memory as well,
-    # the few wake-ups of an idle process were seen to cost fifty milliseconds each.
-    assert max(used.values()) < 1.0, used
+    looks: list[dict[str, float]] = []
+    # What spins or polls does so in every look; a busy machine makes the few wake-ups dear in some.
+    while len(looks) < 3 and (not looks or max(looks[-1].values()) > 0.15):
+        looks.append(idle_cpu_s(server.processes(), over_s=3.0))
+        assert set(looks[-1]) == roles
+    assert max(looks[-1].values()) <= 0.15, looks

@@ -49,7 +49,9 @@ def test_weights_that_are_cut_off(tmp_path: Path, tiny_llama: Path) -> None:
     folder = copied(tiny_llama, tmp_path)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    assert "model.safetensors" in refusal("--model-id", str(folder))
+    line = refusal("--model-id", str(folder))
+    assert "Shard 0 failed to start: model.safetensors: " in line
+    assert line.endswith(f"; the weights in {folder} are damaged, download or copy them again")
 
 
 def test_a_length_that_the_model_was_not_made_for(tiny_llama: Path) -> None:

@@ -144,7 +144,7 @@ def test_precedence(parse: Parse, argv: list[str], environ: dict[str, str], port
 def test_a_hostname_that_a_container_sets_is_ignored_with_tgis_warning(parse: Parse) -> None:
     outcome = parse(HOSTNAME="3f2a9c1d")
     assert outcome.flags.hostname == "0.0.0.0"
-    assert outcome.warnings == ["Invalid hostname, defaulting to 0.0.0.0"]
+    assert outcome.warnings == ["Invalid hostname, defaulting to 0.0.0.0: '3f2a9c1d' is no IP address"]
 
 
 @pytest.mark.parametrize("name", ["HOSTNAME", "TGI_HOSTNAME"])

@@ -23,6 +23,7 @@ def config(**flags: Any) -> LauncherConfig:
     [
         ({"sharded": Switch.TRUE, "num_shard": 1}, "`sharded` is true but `num_shard` <= 1"),
         ({"num_shard": 0}, "`num_shard` cannot be < 1"),
+        ({"model_id": " "}, "`model_id` must not be empty; without the flag it is `embedded`"),
         (
             {"max_input_tokens": 1, "max_input_length": 2},
             "Both `max_input_tokens` (1) and `max_input_length` (2) are set. Please define only `max_input_tokens` as "

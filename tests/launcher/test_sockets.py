@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import socket
 import stat
 import tempfile
@@ -20,6 +21,25 @@ def test_the_socket_folder_is_private_and_goes_with_the_launch() -> None:
     assert not folder.exists()
 
 
+def test_what_a_killed_launcher_left_goes_with_the_next_launch(
+    short_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(short_folder))
+    left, young, other = (short_folder / name for name in ("text-generation-launch-a", "text-generation-launch-b", "c"))
+    for folder in (left, young, other):
+        folder.mkdir()
+        (folder / "shard-0").touch()
+    with socket_path(None, 1) as running:
+        living = Path(running).parent
+        for folder in (left, other, living):
+            os.utime(folder, (0, 0))
+        with socket_path(None, 1):
+            assert not left.exists()
+            assert young.exists()
+            assert other.exists()
+            assert living.exists()
+
+
 @pytest.fixture
 def short_folder() -> Iterator[Path]:
     """A folder whose own path leaves room for a socket's."""
@@ -35,10 +55,10 @@ def padded(folder: Path, num_bytes: int) -> Path:
 @pytest.mark.parametrize(
     ("num_bytes", "num_shard", "stays"),
     [
-        pytest.param(74, 1, True, id="the longest socket is as long as it may be"),
-        pytest.param(75, 1, False, id="one byte too many"),
-        pytest.param(73, 11, True, id="rank 10 has two digits"),
-        pytest.param(74, 11, False, id="and one byte too many"),
+        pytest.param(67, 1, True, id="the longest socket is as long as it may be"),
+        pytest.param(68, 1, False, id="one byte too many"),
+        pytest.param(66, 11, True, id="rank 10 has two digits"),
+        pytest.param(67, 11, False, id="and one byte too many"),
     ],
 )
 def test_a_temporary_folder_is_used_as_long_as_the_sockets_fit(

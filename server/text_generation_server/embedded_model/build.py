@@ -2,13 +2,13 @@
 
 Everything is generated and seeded, nothing is downloaded. Two CPU cores take an hour; an accelerator is used if there
 is one, and takes minutes for the same number of `--steps`. On a CPU that others use too, set `OMP_WAIT_POLICY=PASSIVE`:
-threads that spin while they wait for one another make a step ten times as long there.
+threads that spin while they wait for one another make a step ten times as long there. A build that was interrupted goes
+on from its last checkpoint when the same command is given again.
 """
 
 import argparse
 import json
 import shutil
-import time
 from pathlib import Path
 
 import torch
@@ -24,6 +24,8 @@ from text_generation_server.embedded_model.recipe.training import Budget, load_m
 
 TOKENIZER_SEED = 1
 TOKENIZER_EXAMPLES = 60_000
+STATE_FILE = "training.pt"
+"""In the output folder while training is not at its end; the same command then goes on from it."""
 
 
 def main() -> None:
@@ -31,7 +33,6 @@ def main() -> None:
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    started = time.monotonic()
 
     if arguments.continue_from is None:
         tokenizer = train_tokenizer(e.prompt + e.answer for e in first(TOKENIZER_EXAMPLES, TOKENIZER_SEED))
@@ -43,7 +44,7 @@ def main() -> None:
     model.to(device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters on {device}", flush=True)
-    steps = 0
+    steps, seconds = 0, 0.0
     budget = Budget(arguments.steps, arguments.minutes)
     checkpoints = train(
         model,
@@ -52,20 +53,21 @@ def main() -> None:
         budget=budget,
         learning_rate=arguments.learning_rate,
         report_every_s=arguments.report_every,
+        state_file=output / STATE_FILE,
     )
-    for step, _ in checkpoints:
-        steps = step
+    for step, spent_s in checkpoints:
+        steps, seconds = step, spent_s
         for name, score in quick_scores(model, tokenizer, list(HELD_OUT), count=100).items():
             print(f"    {score:7.1%}  {name}", flush=True)
         save_model(model, output)
 
     scores = Evaluator(output).scores(arguments.examples_per_set)
-    minutes = (time.monotonic() - started) / 60
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     measured = Measured(
-        scores, arguments.examples_per_set, parameters, steps, minutes, arguments.seed, where, arguments.remark
+        scores, arguments.examples_per_set, parameters, steps, seconds / 60, arguments.seed, where, arguments.remark
     )
     write_model_card(output, measured)
+    (output / STATE_FILE).unlink()
     for name, score in scores.items():
         print(f"{score:7.1%}  {name}")
 

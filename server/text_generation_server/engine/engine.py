@@ -336,7 +336,7 @@ class Engine:
             on_progress=self.note_progress,
         )
         self._kv_plan = (limits, plan)
-        logger.info("%s", plan.derivation)
+        logger.debug("KV cache of %d blocks, %s", plan.num_blocks, plan.derivation)  # the router says it aloud
         return plan
 
 

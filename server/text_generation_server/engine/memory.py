@@ -42,6 +42,7 @@ class ModelShape:
 class KVPlan:
     num_blocks: int
     derivation: str
+    """Their size, and which limit decided: for the log."""
 
 
 class DoesNotFit(ValueError):
@@ -94,10 +95,7 @@ def plan_kv_blocks(
                 f"{max(0, num_blocks * block_size)} or less, or `--max-batch-prefill-tokens`"
             )
         raise DoesNotFit(f"not one block of KV cache fits ({budget}); decrease `--max-batch-prefill-tokens`")
-    derivation = (
-        f"KV cache: {num_blocks} blocks of {block_size} tokens, {_gib(num_blocks * block_bytes)}: {why} "
-        f"({max(0, fitting)} fit into {budget})"
-    )
+    derivation = f"{_gib(num_blocks * block_bytes)}: {why}; {max(0, fitting)} fit into {budget}"
     return KVPlan(num_blocks=num_blocks, derivation=derivation)
 
 

@@ -53,10 +53,16 @@ def load_model(
     text_config = model_config.get_text_config(decoder=True)
     if text_config is not model_config and not config.trust_remote_code:
         raise _refused(model_type, "it is multimodal; only text models are served")
+    # What can be refused without the weights is refused before they are read.
+    registry.resolve(config.attention, group.device)
+    positions = max_positions(text_config)
+    _check_positions(config, positions)
     dtype = resolve_dtype(config.dtype, checkpoint.stored_dtype(folder, raw), group.device)
     model = _load(config, folder, model_config, model_type, dtype, group, progress)
     try:
-        return _prepare(config, folder, raw, model_type, model, dtype, group, progress, frozenset(without_swaps))
+        return _prepare(
+            config, folder, raw, model_type, model, dtype, positions, group, progress, frozenset(without_swaps)
+        )
     except Unservable as reason:
         split = f" when split over {group.world_size} shards; try --num-shard 1" if group.world_size > 1 else ""
         raise _refused(model_type, f"{reason}{split}") from reason
@@ -69,6 +75,19 @@ def load_model(
 
 class _SwapsFailed(Exception):
     """The model can be served, but not with its modules swapped."""
+
+
+def _check_positions(config: ShardConfig, positions: int) -> None:
+    longest = config.max_total_tokens
+    if longest is not None and 0 < positions < longest:
+        raise ConfigError(
+            f"`max_total_tokens` must be <= the {positions} positions that the model was made for. Given: {longest}"
+        )
+    if config.max_input_tokens is not None and 0 < positions <= config.max_input_tokens:
+        raise ConfigError(
+            f"`max_input_tokens` must be < the {positions} positions that the model was made for. "
+            f"Given: {config.max_input_tokens}"
+        )
 
 
 def _refused(model_type: str, reason: str) -> ConfigError:
@@ -155,6 +174,7 @@ def _prepare(
     model_type: str,
     model: Any,
     dtype: torch.dtype,
+    positions: int,
     group: Group,
     progress: Progress,
     without_swaps: frozenset[str],
@@ -165,7 +185,6 @@ def _prepare(
     text_config = model.config.get_text_config(decoder=True)
     vocab_size = int(text_config.vocab_size)
     num_layers = int(text_config.num_hidden_layers)
-    positions = max_positions(text_config)
     bridge.register()
     progress("probe", 0, 2)
     layers = probe.record(model, vocab_size=vocab_size, num_layers=num_layers, device=group.device)

@@ -46,6 +46,13 @@ def check_folder(folder: Path) -> None:
 
     Raises: CorruptWeights; ConfigError where there are no weights at all.
     """
+    try:
+        _check_folder(folder)
+    except CorruptWeights as error:
+        raise CorruptWeights(f"{error}; the weights in {folder} are damaged, download or copy them again") from None
+
+
+def _check_folder(folder: Path) -> None:
     weight_map = _weight_map(folder)
     if weight_map is None:
         if not (folder / SINGLE_FILE).is_file():
@@ -55,7 +62,7 @@ def check_folder(folder: Path) -> None:
     owners: dict[str, str] = {}
     for file_name in weight_files(folder):
         if not (folder / file_name).is_file():
-            raise CorruptWeights(f"{INDEX_FILE} names {file_name}, which is missing; download the model again")
+            raise CorruptWeights(f"{INDEX_FILE} names {file_name}, which is missing")
         for span in check_file(folder / file_name):
             if span.name in owners:
                 raise CorruptWeights(f"tensor `{span.name}` is in {owners[span.name]} and again in {file_name}")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from text_generation_server.config import ConfigError
+from text_generation_server.errors import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +37,13 @@ def _convert(folder: Path, target: Path, *, trust_remote_code: bool) -> None:
         )
         tokenizer.save_pretrained(str(target))
     except Exception as error:  # the library raises whatever its many converters raise
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ConfigError(
-            f"the model has no tokenizer.json, and its tokenizer cannot be converted: {first_line}"
-        ) from error
+        raise ConfigError(_no_tokenizer(folder, f"its tokenizer cannot be converted ({first_line(error)})")) from error
     if not (target / "tokenizer.json").is_file():
-        raise ConfigError("the model has no tokenizer.json, and transformers has no fast form of its tokenizer")
+        raise ConfigError(_no_tokenizer(folder, "transformers has no fast form of its tokenizer"))
+
+
+def _no_tokenizer(folder: Path, why: str) -> str:
+    return f"the model has no tokenizer.json, and {why}; put the tokenizer.json that belongs to it into {folder}"
 
 
 def tokenizer_eos_ids(folder: Path) -> tuple[int, ...]:

@@ -45,7 +45,7 @@ def plan(limits: WarmupLimits, cache_bytes: int = GIB) -> KVPlan:
 def test_the_number_of_blocks(limits: WarmupLimits, cache_bytes: int, num_blocks: int) -> None:
     made = plan(limits, cache_bytes)
     assert made.num_blocks == num_blocks
-    assert made.derivation.startswith(f"KV cache: {num_blocks} blocks of 16 tokens")
+    assert made.derivation.startswith(f"{num_blocks * 16 / 1024:.1f} MiB: ")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -125,6 +126,22 @@ def test_an_index_may_not_lead_out_of_the_folder(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../other.safetensors"}}')
     with pytest.raises(ConfigError, match="outside of the model's folder"):
         load_model(CONFIG, folder)
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"max_total_tokens": 513}, "`max_total_tokens` must be <= the 512 positions"),
+        ({"max_input_tokens": 512}, "`max_input_tokens` must be < the 512 positions"),
+        ({"attention": "flash"}, "attention `flash` is not known"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_before_weights_are_read(
+    asked: dict[str, Any], reason: str, folder: Path
+) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=reason):
+        load_model(dataclasses.replace(CONFIG, **asked), folder)
 
 
 def test_a_sharded_checkpoint(tiny_model: MakeModel, tmp_path: Path) -> None:

@@ -32,9 +32,10 @@ def kill_at(num_bytes: int, hub: FakeHub, home: Path) -> None:
     """A download that is killed once it has written so much of the weights."""
     hub.stall_after[NAME] = [num_bytes]
     process = start_download(hub, home, "org/model")
+    incomplete = home / BLOBS / f"{hashlib.sha256(WEIGHTS).hexdigest()}.incomplete"
     try:
         until = time.monotonic() + 60
-        while not [path for path in home.glob(f"{BLOBS}/*.incomplete") if path.stat().st_size == num_bytes]:
+        while not incomplete.exists() or incomplete.stat().st_size < num_bytes:
             assert time.monotonic() < until
             time.sleep(0.02)
     finally:

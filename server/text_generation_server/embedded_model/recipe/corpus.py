@@ -57,7 +57,7 @@ HELD_OUT: dict[str, Maker] = {
 """The evaluation, a row of the model card each. The last six draw new values for trained templates, no new wording."""
 
 
-def stream(seed: int) -> Iterator[Example]:
+def stream(seed: float) -> Iterator[Example]:
     """Training examples without end; the same seed gives the same stream."""
     rng = random.Random(seed)
     makers = [maker for maker, _ in MIX]

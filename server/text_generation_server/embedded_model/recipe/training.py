@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -258,8 +259,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = self._learning_rate * rate
             optimizer.step()
-        for master, parameter in zip(self._masters, self._parameters, strict=True):
-            parameter.data.copy_(master.data)
+        self._use_masters()
         for average, master in zip(self._averages, self._masters, strict=True):
             average.lerp_(master.detach(), 1 - AVERAGE_DECAY)
         return loss.item()
@@ -270,6 +270,25 @@ class Trainer:
         for average, parameter in zip(self._averages, self._parameters, strict=True):
             parameter.data.copy_(average)
         yield
+        self._use_masters()
+
+    def state(self) -> dict[str, Any]:
+        """All that training goes on from."""
+        return {
+            "masters": self._masters,
+            "averages": self._averages,
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for name, own in (("masters", self._masters), ("averages", self._averages)):
+            for tensor, saved in zip(own, state[name], strict=True):
+                tensor.data.copy_(saved)
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self._use_masters()
+
+    def _use_masters(self) -> None:
         for master, parameter in zip(self._masters, self._parameters, strict=True):
             parameter.data.copy_(master.data)
 
@@ -282,27 +301,46 @@ def train(
     budget: Budget,
     learning_rate: float,
     report_every_s: float,
+    state_file: Path,
 ) -> Iterator[tuple[int, float]]:
-    """Trains to the end of the budget; yields the step and the part done from time to time, and at the end.
+    """Trains to the end of the budget; yields the step and the seconds of training from time to time, and at the end.
 
-    Between, while the caller holds the yielded pair, the model has its averaged weights.
+    Between, while the caller holds the yielded pair, the model has its averaged weights. What is yielded is in
+    ``state_file`` as well: training that was interrupted goes on from there, and comes to the same end.
     """
-    rng = random.Random(seed)
-    examples = stream(seed)
     trainer = Trainer(model, learning_rate)
-    started = reported = time.monotonic()
-    step, done, average = 0, 0.0, 0.0
+    step, average, before_s = 0, 0.0, 0.0
+    if state_file.is_file():
+        state = torch.load(state_file, map_location=model.device, weights_only=True)
+        if state["run"] != [seed, learning_rate]:
+            raise SystemExit(f"{state_file} is of a run with another seed or learning rate: remove it")
+        trainer.restore(state["trainer"])
+        step, average, before_s = state["step"], state["average"], state["seconds"]
+        print(f"going on after step {step} of {state_file}", flush=True)
+    started = reported = time.monotonic() - before_s
+    done = budget.progress(step, started)
     while done < 1:
-        rows = encode(tokenizer, list(islice(examples, EXAMPLES_PER_STEP)), rng)
+        rng = random.Random(f"step {step} of seed {seed}")  # of its own: no state to keep
+        rows = encode(tokenizer, list(islice(stream(rng.random()), EXAMPLES_PER_STEP)), rng)
         loss = trainer.step(rows, rng, learning_rate_factor(done))
         average = loss if step == 0 else 0.98 * average + 0.02 * loss
         step += 1
         done = budget.progress(step, started)
         if time.monotonic() - reported > report_every_s or done >= 1:
             reported = time.monotonic()
-            print(f"step {step}, {done:.0%}, {reported - started:.0f} s, loss {average:.4f}", flush=True)
+            seconds = reported - started
+            print(f"step {step}, {done:.0%}, {seconds:.0f} s, loss {average:.4f}", flush=True)
+            state = {"run": [seed, learning_rate], "step": step, "average": average, "seconds": seconds}
+            _save(state | {"trainer": trainer.state()}, state_file)
             with trainer.averaged():
-                yield step, done
+                yield step, seconds
+
+
+def _save(state: dict[str, Any], file: Path) -> None:
+    """The file is whole at any time."""
+    partial = file.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(file)
 
 
 def learning_rate_factor(done: float) -> float:
