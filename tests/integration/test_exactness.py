@@ -59,8 +59,6 @@ def test_sixteen_at_once_of_a_llama(tiny: Launched, tiny_llama: Path) -> None:
     ("model_type", "variant"),
     [
         pytest.param("mistral", "prompts in chunks of 16 tokens", id="a window shorter than the prompt, in chunks"),
-        pytest.param("gpt2", "no module swapped", id="gpt2 with its own modules"),
-        pytest.param("qwen3_moe", "as it comes", id="a mixture of experts"),
         pytest.param("llama", "two shards", id="a llama on two shards"),
     ],
 )

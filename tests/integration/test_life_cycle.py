@@ -87,6 +87,7 @@ async def test_a_shard_that_is_killed_ends_the_server_in_one_line(server: Launch
     assert "Traceback" not in server.text
 
 
+@pytest.mark.slow
 async def test_a_router_that_is_killed_ends_the_server_in_one_line(server: Launched) -> None:
     server.processes()["router"].kill()
     assert server.end() == 1
@@ -108,6 +109,7 @@ def test_a_launch_that_is_interrupted_while_it_loads_ends_well(reciting_model: P
         assert server.errors == []
 
 
+@pytest.mark.slow
 def test_two_servers_side_by_side_never_meet(tiny_llama: Path, reciting_model: Path) -> None:
     """Started at the same moment, two ranks each: nobody's ranks, sockets or ports are anybody else's."""
     with (

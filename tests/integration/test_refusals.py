@@ -40,6 +40,7 @@ def test_an_architecture_that_cannot_run_on_paged_attention(tiny_model: MakeMode
     assert line.startswith(f"Shard 0 failed to start: model type `{model_type}` cannot be served: ")
 
 
+@pytest.mark.slow
 def test_a_model_that_transformers_does_not_know(tmp_path: Path, tiny_llama: Path) -> None:
     folder = copied(tiny_llama, tmp_path, model_type="llama9")
     assert "`llama9` cannot be served: transformers" in refusal("--model-id", str(folder))
@@ -54,6 +55,7 @@ def test_weights_that_are_cut_off(tmp_path: Path, tiny_llama: Path) -> None:
     assert line.endswith(f"; the weights in {folder} are damaged, download or copy them again")
 
 
+@pytest.mark.slow
 def test_a_length_that_the_model_was_not_made_for(tiny_llama: Path) -> None:
     line = refusal("--model-id", str(tiny_llama), "--max-total-tokens", "4096")
     assert "`max_total_tokens` must be <= the 512 positions that the model was made for. Given: 4096" in line

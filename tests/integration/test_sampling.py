@@ -55,12 +55,13 @@ def test_a_seed_gives_the_same_tokens_alone_and_among_31_others(tiny: Launched) 
 def test_seeds_make_the_difference(tiny: Launched, parameters: dict[str, Any]) -> None:
     """And what a request without one is told as its seed repeats its answer."""
     prompt = "Once upon a time"
-    answers = {tuple(token_ids(generate(tiny, prompt, seed=seed, **parameters))[:16]) for seed in range(4)}
+    parameters = {**parameters, "max_new_tokens": 16}
+    answers = {tuple(token_ids(generate(tiny, prompt, seed=seed, **parameters))) for seed in range(4)}
     assert len(answers) > 1
-    unseeded = generate(tiny, prompt, max_new_tokens=16, **parameters)
+    unseeded = generate(tiny, prompt, **parameters)
     seed = unseeded["details"]["seed"]
     assert 0 <= seed < 2**64
-    repeated = generate(tiny, prompt, max_new_tokens=16, **parameters, seed=seed)
+    repeated = generate(tiny, prompt, **parameters, seed=seed)
     assert token_ids(repeated) == token_ids(unseeded)
 
 

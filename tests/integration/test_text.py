@@ -28,6 +28,7 @@ def test_an_answer_ends_with_the_last_token_asked_for(reciting: Launched) -> Non
     assert answer["details"]["finish_reason"] == "length"
 
 
+@pytest.mark.slow
 def test_without_a_limit_an_answer_ends_where_the_models_positions_end(reciting: Launched) -> None:
     answer = generate(reciting, "AAAA")
     assert answer["details"]["generated_tokens"] == POSITIONS - 4
@@ -58,7 +59,9 @@ def test_a_stop_text_of_characters_that_are_several_tokens(reciting: Launched) -
     assert events[-1]["details"]["finish_reason"] == "stop_sequence"
 
 
-@pytest.mark.parametrize(("begin", "end"), [(1, 3), (0, 2), (2, 4)])
+@pytest.mark.parametrize(
+    ("begin", "end"), [(1, 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((0, 2), (2, 4)))]
+)
 def test_a_stop_text_inside_a_token_cuts_that_token(embedded: Launched, begin: int, end: int) -> None:
     """Every token of a text in turn is stopped in, also where a stop text reaches from one into the next."""
     prompt = "Tell me a short story."

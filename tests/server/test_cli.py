@@ -122,6 +122,7 @@ def library_greedy(folder: Path, prompt: list[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
+@pytest.mark.slow
 def test_a_served_model_generates_what_transformers_does(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "shard"
     env = {"TGI_LAUNCHER_NONCE": "abc", "TGI_INCARNATION": "2", "REQUEST_LOGPROBS": "1"}

@@ -46,6 +46,7 @@ def test_two_ranks_give_the_tokens_of_one_for_many_types(tiny_model: MakeModel) 
     check(SLOW_TYPES, tiny_model)
 
 
+@pytest.mark.slow
 def test_a_rank_caches_its_own_heads_only(tiny_model: MakeModel) -> None:
     folder = tiny_model("llama")
     alone = load_model(ShardConfig(model_id="tiny", uds_path=Path("unused")), folder).info.kv_bytes_per_token

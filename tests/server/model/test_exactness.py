@@ -25,7 +25,12 @@ OTHERS = (
     "nanochat", "jetmoe", "biogpt", "flex_olmo", "afmoe", "minimax_m2", "longcat_flash", "solar_open", "ctrl",
     "gemma3n_text", "dbrx",
 )  # fmt: skip
-TYPES = [*tiny_models.PROMISED, *(pytest.param(other, marks=pytest.mark.slow) for other in OTHERS)]
+QUICK = ("llama", "gemma2", "gpt2", "qwen3_moe")
+"""Between them: every swap and none, sliding windows, capped scores, learnt positions, experts, norms of heads."""
+TYPES = [
+    pytest.param(model_type, marks=() if model_type in QUICK else pytest.mark.slow)
+    for model_type in (*tiny_models.PROMISED, *OTHERS)
+]
 
 MakeModel = Callable[..., Path]
 
@@ -69,7 +74,9 @@ def test_tokens_equal_generate(model_type: str, tiny_model: MakeModel) -> None:
     assert served(plain, PROMPTS) == reference, "a batch of 16, without swaps"
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "stablelm"])
+@pytest.mark.parametrize(
+    "model_type", ["llama", *(pytest.param(t, marks=pytest.mark.slow) for t in ("qwen3", "stablelm"))]
+)
 @pytest.mark.parametrize("swap", NAMES)
 def test_tokens_are_the_same_without_one_swap(model_type: str, swap: str, tiny_model: MakeModel) -> None:
     folder = tiny_model(model_type)
