@@ -33,11 +33,14 @@ clients: $(VENV)/clients/.installed
 run: install
 	@$(BIN)/text-generation-launcher --port $(PORT) $(if $(MODEL_ID),--model-id "$(MODEL_ID)") $(ARGS)
 
+# Two at a time, file by file, each computing on one thread: threads that wait for one another are slow beside others.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
 test: install clients
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: install clients
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # The gate, the quick ones first.
 check: lint types proto-check test
