@@ -108,7 +108,8 @@ class Batcher:
     async def _serve(self) -> None:
         await self._recover()
         while True:
-            self._apply_results()
+            while self._results:
+                self._apply(self._results.popleft())
             if self._failure is not None:
                 await self._recover()
             await self._dispatch()
@@ -118,8 +119,8 @@ class Batcher:
 
     async def _dispatch(self) -> None:
         while self._failure is None and self._shards.num_in_flight < MAX_STEPS_IN_FLIGHT:
-            self._apply_results()  # what came while the last step was sent: it may have ended sequences
-            plan = self._scheduler.plan(num_in_flight=self._shards.num_in_flight)
+            # What came while the last step was sent is not applied yet: clients get the tokens of both in one turn.
+            plan = self._scheduler.plan(num_in_flight=self._shards.num_in_flight + len(self._results))
             if plan is None:
                 return
             now = time.perf_counter()
@@ -138,10 +139,6 @@ class Batcher:
     def _on_failure(self, message: str) -> None:
         self._failure = message
         self._wake.set()
-
-    def _apply_results(self) -> None:
-        while self._results:
-            self._apply(self._results.popleft())
 
     def _apply(self, result: StepResult) -> None:
         """Hand out the tokens of a step; those of sequences that have ended meanwhile are discarded."""
