@@ -123,9 +123,9 @@ def test_idle_ranks_do_not_spin_while_they_wait_for_each_other(tiny_llama: Path)
 def assert_idle(server: Launched, roles: set[str]) -> None:
     generate(server, "hi", max_new_tokens=20)
     wait_until_idle(server)
-    looks: list[dict[str, float]] = []
-    # What spins or polls does so in every look; a busy machine makes the few wake-ups dear in some.
-    while len(looks) < 3 and (not looks or max(looks[-1].values()) > 0.15):
-        looks.append(idle_cpu_s(server.processes(), over_s=3.0))
-        assert set(looks[-1]) == roles
-    assert max(looks[-1].values()) <= 0.15, looks
+    for _ in range(10):  # what spins does so in every look; a busy machine makes the few wake-ups dear in some
+        used = idle_cpu_s(server.processes(), over_s=3.0)
+        assert set(used) == roles
+        if max(used.values()) < 0.05:
+            break
+    assert max(used.values()) < 0.05, used

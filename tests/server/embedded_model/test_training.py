@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 STEPS = 3
 
 
-def trained(state_file: Path, interrupted_after: int | None = None) -> list[torch.Tensor]:
-    """The weights after so many steps of a run that is planned for `STEPS`."""
+def trained(state_file: Path, interrupted_after: int | None = None) -> tuple[int, list[torch.Tensor]]:
+    """The last step and the weights after so many steps of a run that is planned for `STEPS`."""
     model = new_model(0)
     tokenizer = Tokenizer.from_file(str(embedded_model_path() / "tokenizer.json"))
     run = train(
@@ -25,9 +25,8 @@ def trained(state_file: Path, interrupted_after: int | None = None) -> list[torc
         report_every_s=0,
         state_file=state_file,
     )
-    for _ in islice(run, interrupted_after):
-        pass
-    return [parameter.detach().clone() for parameter in model.parameters()]
+    step = [step for step, _ in islice(run, interrupted_after)][-1]
+    return step, [parameter.detach().clone() for parameter in model.parameters()]
 
 
 @pytest.mark.slow
@@ -35,9 +34,11 @@ def test_an_interrupted_training_comes_to_the_same_end(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in one order
     try:
-        whole = trained(tmp_path / "whole.pt")
+        _, whole = trained(tmp_path / "whole.pt")
         trained(tmp_path / "parts.pt", interrupted_after=1)
-        parts = trained(tmp_path / "parts.pt")
+        for _ in range(2):  # the second time there is nothing left to train
+            step, parts = trained(tmp_path / "parts.pt")
+            assert step == STEPS
+            assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))

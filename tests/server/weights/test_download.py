@@ -35,7 +35,7 @@ def kill_at(num_bytes: int, hub: FakeHub, home: Path) -> None:
     incomplete = home / BLOBS / f"{hashlib.sha256(WEIGHTS).hexdigest()}.incomplete"
     try:
         until = time.monotonic() + 60
-        while not incomplete.exists() or incomplete.stat().st_size < num_bytes:
+        while not incomplete.exists() or incomplete.stat().st_size != num_bytes:
             assert time.monotonic() < until
             time.sleep(0.02)
     finally:

@@ -317,8 +317,12 @@ def train(
         trainer.restore(state["trainer"])
         step, average, before_s = state["step"], state["average"], state["seconds"]
         print(f"going on after step {step} of {state_file}", flush=True)
-    started = reported = time.monotonic() - before_s
+    reported = time.monotonic()
+    started = reported - before_s
     done = budget.progress(step, started)
+    if done >= 1:  # it was interrupted behind its last step
+        with trainer.averaged():
+            yield step, before_s
     while done < 1:
         rng = random.Random(f"step {step} of seed {seed}")  # of its own: no state to keep
         rows = encode(tokenizer, list(islice(stream(rng.random()), EXAMPLES_PER_STEP)), rng)
