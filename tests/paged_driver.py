@@ -75,6 +75,19 @@ def greedy(
     return [stream.output_ids for stream in streams]
 
 
+def last_logits(runner: Runner, prompts: Sequence[list[int]], *, block_size: int = 16) -> Tensor:
+    """Logits behind each prompt, whose last tokens are decode rows of one step: the others went before; [P, V]."""
+    streams = [Stream(list(prompt), 0) for prompt in prompts]
+    free = iter(range(1, 1 << 30))
+    for stream in streams:
+        stream.block_table = [next(free) for _ in range(-(-len(stream.ids) // block_size))]
+    runner.allocate_kv_cache(next(free))
+    runner.forward(_inputs([(stream, len(stream.ids) - 1) for stream in streams], block_size))
+    for stream in streams:
+        stream.num_cached = len(stream.ids) - 1
+    return runner.forward(_inputs([(stream, 1) for stream in streams], block_size))
+
+
 def _inputs(rows: list[tuple[Stream, int]], block_size: int) -> ForwardInputs:
     ids, positions, slots, last = [], [], [], []
     for stream, count in rows:

@@ -36,12 +36,15 @@ class LayerCache:
     values_KSE: Tensor
 
 
+class Unsupported(Exception):
+    """A back end cannot serve these layers here; the text is the reason, without a subject."""
+
+
 class AttentionBackend(Protocol):
     """One way to attend over a paged cache. ``prepare`` runs once a step, ``attend`` once a layer and step."""
 
-    def __init__(
-        self, *, layers: list[LayerSpec], block_size: int, dtype: torch.dtype, device: torch.device
-    ) -> None: ...
+    def __init__(self, *, layers: list[LayerSpec], block_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Raises: Unsupported."""
 
     def prepare(self, inputs: ForwardInputs) -> Any:
         """Everything of a step that all layers share: gather indices, masks, lengths."""

@@ -46,6 +46,20 @@ class ForwardInputs:
         """With padding."""
         return self.input_ids_T.shape[0]
 
+    def without_decode_rows(self) -> ForwardInputs:
+        """The prompt chunks alone, for attention, which has no use for logits; padding stays."""
+        first = self.num_decode_rows
+        return ForwardInputs(
+            input_ids_T=self.input_ids_T[first:],
+            position_ids_T=self.position_ids_T[first:],
+            slots_T=self.slots_T[first:],
+            num_decode_rows=0,
+            query_lens=self.query_lens[first:],
+            context_lens=self.context_lens[first:],
+            block_tables=self.block_tables[first:],
+            logits_indices_L=self.logits_indices_L[:0],
+        )
+
 
 def build_inputs(rows: Sequence[Row], *, block_size: int, device: torch.device) -> tuple[ForwardInputs, list[int]]:
     """Pack the rows of one forward pass, decode rows first, with the logits that sampling and prompt logprobs read.

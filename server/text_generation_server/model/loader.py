@@ -54,7 +54,7 @@ def load_model(
     if text_config is not model_config and not config.trust_remote_code:
         raise _refused(model_type, "it is multimodal; only text models are served")
     # What can be refused without the weights is refused before they are read.
-    registry.resolve(config.attention, group.device)
+    registry.candidates(config.attention, group.device)
     positions = max_positions(text_config)
     _check_positions(config, positions)
     dtype = resolve_dtype(config.dtype, checkpoint.stored_dtype(folder, raw), group.device)
@@ -189,8 +189,13 @@ def _prepare(
     progress("probe", 0, 2)
     layers = probe.record(model, vocab_size=vocab_size, num_layers=num_layers, device=group.device)
     expected = probe.reference(model, layers, vocab_size=vocab_size, dtype=dtype, device=group.device)
-    attention = registry.resolve(config.attention, group.device)
-    backend = registry.load(attention)(layers=layers, block_size=config.block_size, dtype=dtype, device=group.device)
+    attention, backend = registry.create(
+        registry.candidates(config.attention, group.device),
+        layers=layers,
+        block_size=config.block_size,
+        dtype=dtype,
+        device=group.device,
+    )
     logits_width = expected.logits[0].shape[-1]
     info = ModelInfo(
         model_type=model_type,
@@ -219,7 +224,8 @@ def _prepare(
         run = probe.dense_pass(model, vocab_size=vocab_size, max_positions=positions, device=group.device)
         try:
             with bridge.handling(probe.dense):
-                swaps.apply(model, dtype=dtype, run=run, without=without_swaps)
+                without = without_swaps if attention == "llvm" else without_swaps | {"kernels"}
+                swaps.apply(model, dtype=dtype, run=run, without=without)
             runner.allocate_kv_cache(probe.blocks_needed(config.block_size))
             probe.verify(runner.forward, expected, block_size=config.block_size, what="the pass with swapped modules")
         except Unservable as reason:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-import random
 from typing import Any
 
+import paged_attention
 import pytest
 import torch
 from text_generation_server.attention import torch_paged
@@ -30,105 +31,7 @@ MIXED = [(7, 1), (20, 1), (3, 1), (0, 9), (13, 8)]
 """Rows of a step: (tokens already cached, new tokens)."""
 
 
-def obvious(
-    query_HND: Tensor,
-    keys_KLD: Tensor,
-    values_KLE: Tensor,
-    layer: LayerSpec,
-    scaling: float,
-    softcap: float,
-    sinks: Tensor | None,
-) -> Tensor:
-    """The last N of L positions attend; [N, H, E]."""
-    each = layer.query_heads // layer.kv_heads
-    keys, values = keys_KLD.repeat_interleave(each, 0), values_KLE.repeat_interleave(each, 0)
-    scores = query_HND @ keys.transpose(1, 2) * scaling
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    num_queries, num_keys = scores.shape[1:]
-    for query in range(num_queries):
-        position = num_keys - num_queries + query
-        for key in range(num_keys):
-            hidden = key > position
-            hidden |= bool(layer.window) and key <= position - layer.window
-            hidden |= bool(layer.chunk) and key // layer.chunk != position // layer.chunk
-            if hidden:
-                scores[:, query, key] = -math.inf
-    if sinks is not None:
-        scores = torch.cat((scores, sinks.view(-1, 1, 1).expand(-1, num_queries, 1)), -1)
-    return (scores.softmax(-1)[..., :num_keys] @ values).transpose(0, 1)
-
-
-def check(
-    layer: LayerSpec,
-    rows: list[tuple[int, int]],
-    *,
-    softcap: float = 0.0,
-    sinks: bool = False,
-    consecutive: bool = False,
-    padding: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    torch.manual_seed(0)
-    rng = random.Random(0)
-    contexts = [cached + new for cached, new in rows]
-    counts = [-(-context // BLOCK_SIZE) for context in contexts]
-    free = list(range(1, sum(counts) + 1))
-    if not consecutive:
-        rng.shuffle(free)
-    tables = [[free.pop(0) for _ in range(count)] for count in counts]
-    cpu = torch.device("cpu")
-    cache = KVCache([layer], num_blocks=sum(counts), block_size=BLOCK_SIZE, dtype=dtype, device=cpu)
-    queries = [torch.randn(layer.query_heads, new, layer.key_dim, dtype=dtype) for _, new in rows]
-    keys = [torch.randn(layer.kv_heads, context, layer.key_dim, dtype=dtype) for context in contexts]
-    values = [torch.randn(layer.kv_heads, context, layer.value_dim, dtype=dtype) for context in contexts]
-    slots = []
-    for (cached, new), table, key, value in zip(rows, tables, keys, values, strict=True):
-        places = [table[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for p in range(cached + new)]
-        cache.layers[0].keys_KSD[:, places[:cached]] = key[:, :cached]
-        cache.layers[0].values_KSE[:, places[:cached]] = value[:, :cached]
-        slots += places[cached:]
-    num_tokens = len(slots)
-
-    def packed(parts: list[Tensor]) -> Tensor:
-        """[heads, T, width], with padding that would poison everything it is mixed with."""
-        heads, _, width = parts[0].shape
-        return torch.cat([*parts, torch.full((heads, padding, width), math.nan, dtype=dtype)], 1)
-
-    inputs = ForwardInputs(
-        input_ids_T=torch.zeros(num_tokens + padding, dtype=torch.int64),
-        position_ids_T=torch.cat([*(torch.arange(cached, cached + new) for cached, new in rows), torch.zeros(padding)]),
-        slots_T=torch.tensor(slots),
-        num_decode_rows=sum(new == 1 and cached > 0 for cached, new in rows),
-        query_lens=[new for _, new in rows],
-        context_lens=contexts,
-        block_tables=[[*table, 0, 0] for table in tables],  # a table may be longer than its context
-        logits_indices_L=torch.zeros(1, dtype=torch.int64),
-    )
-    sinks_H = torch.randn(layer.query_heads) if sinks else None
-    backend = TorchPaged(layers=[layer], block_size=BLOCK_SIZE, dtype=dtype, device=cpu)
-    out_THE = backend.attend(
-        backend.prepare(inputs),
-        layer,
-        cache.layers[0],
-        packed(queries),
-        packed([key[:, cached:] for (cached, _), key in zip(rows, keys, strict=True)]),
-        packed([value[:, cached:] for (cached, _), value in zip(rows, values, strict=True)]),
-        scaling=0.3,
-        softcap=softcap,
-        sinks_H=sinks_H,
-    )
-    expected = torch.cat(
-        [
-            obvious(query.float(), key.float(), value.float(), layer, 0.3, softcap, sinks_H)
-            for query, key, value in zip(queries, keys, values, strict=True)
-        ]
-    )
-    assert out_THE.shape == (num_tokens + padding, layer.query_heads, layer.value_dim)
-    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    torch.testing.assert_close(out_THE[:num_tokens].float(), expected, rtol=tolerance, atol=tolerance)
-    assert not out_THE[num_tokens:].any()
-
+check = functools.partial(paged_attention.check, TorchPaged, block_size=BLOCK_SIZE)
 
 ROWS = [
     pytest.param(DECODE_ONE, id="one decode row"),

@@ -35,7 +35,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 def test_what_the_router_learns(folder: Path) -> None:
     info = load_model(CONFIG, folder).info
-    assert (info.model_type, info.dtype, info.attention) == ("llama", torch.float32, "torch")
+    assert (info.model_type, info.dtype, info.attention) == ("llama", torch.float32, "llvm")
     assert (info.vocab_size, info.eos_token_ids, info.max_position_embeddings) == (320, (257,), 512)
     assert info.kv_bytes_per_token == 2 * 2 * (16 + 16) * 4
     assert info.window_size == 0
@@ -84,7 +84,7 @@ def test_trusted_configuration_code_that_fails_is_one_line(folder: Path, monkeyp
     assert str(refusal.value) == f"model type `llama` cannot be served: {reason}"
 
 
-def doubled(linear: nn.Module) -> nn.Module | None:
+def doubled(linear: nn.Module, *, with_kernels: bool) -> nn.Module | None:
     weights = linears.plain_weights(linear)
     return None if weights is None else linears.PackedLinear(weights[0] * 2, weights[1])
 

@@ -110,7 +110,7 @@ def test_a_norm_that_does_something_else_stays() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_packed_linears(rows: int, inner: int, outer: int, bias: bool, dtype: torch.dtype) -> None:
     own = nn.Linear(inner, outer, bias=bias, dtype=dtype)
-    packed = linears.pack(own)
+    packed = linears.pack(own, with_kernels=False)
     assert isinstance(packed, linears.PackedLinear)
     assert (packed.weight.shape, packed.weight.dtype) == (own.weight.shape, own.weight.dtype)
     assert packed.weight.isnan().all(), "a model that computes with it must not go unnoticed"
@@ -124,7 +124,7 @@ def test_packed_linears(rows: int, inner: int, outer: int, bias: bool, dtype: to
 @pytest.mark.parametrize("bias", [False, True])
 def test_what_follows_a_packed_product(bias: bool, dtype: torch.dtype) -> None:
     own = nn.Linear(16, 24, bias=bias, dtype=dtype)
-    packed = linears.pack(own)
+    packed = linears.pack(own, with_kernels=False)
     assert isinstance(packed, linears.PackedLinear)
     x, other = torch.randn(1, 9, 16, dtype=dtype), torch.randn(1, 9, 24, dtype=dtype)
     with torch.inference_mode():
@@ -142,7 +142,7 @@ def test_what_follows_a_packed_product(bias: bool, dtype: torch.dtype) -> None:
 
 
 def test_float16_linears_stay() -> None:
-    assert linears.pack(nn.Linear(8, 8, dtype=torch.float16)) is None
+    assert linears.pack(nn.Linear(32, 32, dtype=torch.float16), with_kernels=True) is None
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -162,7 +162,7 @@ def test_a_gated_mlp(bias: bool, packs: bool, dtype: torch.dtype, monkeypatch: p
             torch.testing.assert_close(swapped(x), expected, rtol=tolerance, atol=tolerance)
             torch.testing.assert_close(swapped.plus(x, residual), expected + residual, rtol=tolerance, atol=tolerance)
             for name, child in swapped.named_children():
-                setattr(swapped, name, linears.pack(child) or child)
+                setattr(swapped, name, linears.pack(child, with_kernels=False) or child)
 
 
 def swapped(*modules: nn.Module, dtype: torch.dtype = torch.float32) -> list[bool]:
@@ -260,7 +260,7 @@ def counts(folder: Path, dtype: Dtype, monkeypatch: Any) -> dict[str, int]:
     own = table.apply
     monkeypatch.setattr(table, "apply", lambda *args, **kwargs: counted.update(own(*args, **kwargs)))
     runner = load_model(ShardConfig(model_id="tiny", uds_path=Path("unused"), dtype=dtype), folder)
-    assert any(isinstance(module, linears.PackedLinear) for module in runner.model.modules()), "the swaps were undone"
+    assert any(isinstance(module, linears.FusingLinear) for module in runner.model.modules()), "the swaps were undone"
     return counted
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from text_generation_server.cpu_kernels import rotary
 from text_generation_server.model import bridge
 from text_generation_server.model.swaps.linears import fuse
 
@@ -23,8 +24,8 @@ class FusedAttention(nn.Module):
 
     def __init__(self, qkv: nn.Linear, out: nn.Module, original: Any, heads: tuple[int, int, int]) -> None:
         super().__init__()
-        self.qkv = qkv
-        self.out = out
+        self.qkv: nn.Module = qkv
+        self.out: nn.Module = out
         self.query_heads, self.kv_heads, self.head_dim = heads
         self.arguments = {
             "scaling": original.scaling,
@@ -40,6 +41,16 @@ class FusedAttention(nn.Module):
             self.norm_weight = nn.Parameter(torch.cat(scales), requires_grad=False)
             self.norm_eps = float(original.q_norm.eps)
         setattr(self, bridge.LAYER_ATTRIBUTE, getattr(original, bridge.LAYER_ATTRIBUTE))
+        self.dtype = qkv.weight.dtype
+        self.has_kernel = False
+        self.kernel_norm_weight: Tensor | None = None
+
+    def compute_with_kernels(self) -> bool:
+        """Rotate with a kernel of ours, which is told the head width now; returns whether there is one."""
+        self.has_kernel = rotary.supports(self.head_dim, self.dtype)
+        if self.has_kernel and self.norm_weight is not None:
+            self.kernel_norm_weight = self.norm_weight.float()
+        return self.has_kernel
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, **_: Any
@@ -52,18 +63,34 @@ class FusedAttention(nn.Module):
         rotating = self.query_heads + self.kv_heads
         heads = self.qkv(hidden_states[0]).view(-1, rotating + self.kv_heads, self.head_dim)
         pair, value = heads[:, :rotating], heads[:, rotating:]
-        if self.norm_weight is not None:
-            wide = pair.to(self.norm_weight.dtype)
-            pair = (F.rms_norm(wide, (self.head_dim,), None, self.norm_eps) * self.norm_weight).to(pair.dtype)
-        pair = rotate(pair, *position_embeddings)
-        attended = bridge.attend(
+        if self.has_kernel:
+            cos_TD, sin_TD = angles(position_embeddings, self.head_dim, self.dtype)
+            rotary.rotate(
+                heads, cos_TD, sin_TD, num_rotated=rotating, norm_HD=self.kernel_norm_weight, eps=self.norm_eps
+            )
+        else:
+            if self.norm_weight is not None:
+                wide = pair.to(self.norm_weight.dtype)
+                pair = (F.rms_norm(wide, (self.head_dim,), None, self.norm_eps) * self.norm_weight).to(pair.dtype)
+            pair = rotate(pair, *position_embeddings)
+        return self.attend(pair, value).view(1, -1, self.query_heads * self.head_dim)
+
+    def attend(self, pair_THD: Tensor, value_TKD: Tensor) -> Tensor:
+        """With query and key heads of each token side by side; [T, H, D]."""
+        return bridge.attend(
             self,
-            pair[:, : self.query_heads].transpose(0, 1),
-            pair[:, self.query_heads :].transpose(0, 1),
-            value.transpose(0, 1),
+            pair_THD[:, : self.query_heads].transpose(0, 1),
+            pair_THD[:, self.query_heads :].transpose(0, 1),
+            value_TKD.transpose(0, 1),
             self.arguments,
         )
-        return attended.view(1, -1, self.query_heads * self.head_dim)
+
+
+def angles(position_embeddings: tuple[Tensor, Tensor], head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [T, D] as kernels read them."""
+    cos_TD, sin_TD = (each[0].to(dtype).contiguous() for each in position_embeddings)
+    assert cos_TD.shape[1] == sin_TD.shape[1] == head_dim
+    return cos_TD, sin_TD
 
 
 def rotate(heads_THD: Tensor, cos_1TD: Tensor, sin_1TD: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from text_generation_server.model.swaps.attention import FusedAttention
+from text_generation_server.model.swaps.layer_kernels import LayerKernels
 from text_generation_server.model.swaps.linears import linear_plus
 from text_generation_server.model.swaps.mlp import GatedMLP
 from text_generation_server.model.swaps.norms import FastRMSNorm
@@ -39,11 +40,19 @@ class FusedLayer(nn.Module):
         for name, value in vars(original).items():
             if not name.startswith("_") and name != "training":
                 setattr(self, name, value)
+        self.kernels: LayerKernels | None = None
+
+    def compute_with_kernels(self) -> bool:
+        """Everything but attention in two launches, where all parts have kernels; returns whether."""
+        self.kernels = LayerKernels.of(self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp)
+        return self.kernels is not None
 
     def forward(
         self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor] | None = None, **__: Any
     ) -> Tensor:
         assert position_embeddings is not None
+        if self.kernels is not None:
+            return self.kernels(hidden_states, position_embeddings)
         attended = self.self_attn.inner(self.input_layernorm(hidden_states), position_embeddings)
         hidden_states = linear_plus(self.self_attn.out, attended, hidden_states)
         return self.mlp.plus(self.post_attention_layernorm(hidden_states), hidden_states)

@@ -7,7 +7,9 @@ from abc import abstractmethod
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from text_generation_server.model.swaps.linears import PackedLinear, can_pack, fuse, linear_plus, plain_weights
+from text_generation_server.cpu_kernels import tiled_product
+from text_generation_server.cpu_kernels.tiled_product import Epilogue, TiledProduct
+from text_generation_server.model.swaps.linears import FusingLinear, can_pack, fuse, linear_plus, plain_weights, tiles
 
 
 class GatedMLP(nn.Module):
@@ -48,18 +50,34 @@ class PackedMLP(GatedMLP):
 
     def __init__(self, gate: nn.Module, up: nn.Module, down: nn.Module, activation: nn.Module) -> None:
         super().__init__()
-        self.gate = gate
-        self.up = up
+        self.gate: nn.Module = gate
+        self.up: nn.Module = up
         self.down = down
         self.activation = activation
         self.is_silu = _is_silu(activation)
+        self.gated: TiledProduct | None = None
+
+    def compute_with_kernels(self) -> bool:
+        """Gate, up and what follows in one product of ours, where there is one for the shape; returns whether."""
+        gate, up = plain_weights(self.gate), plain_weights(self.up)
+        if not self.is_silu or gate is None or up is None or gate[1] is not None or up[1] is not None:
+            return False
+        if not tiles(gate[0]):
+            return False
+        self.packed: Tensor
+        self.register_buffer("packed", tiled_product.pack_gated(gate[0], up[0]), persistent=False)
+        self.gated = TiledProduct(self.packed, gate[0].shape[1], None, Epilogue.GATED)
+        self.gate, self.up = nn.Identity(), nn.Identity()  # their weights are not needed any more
+        return True
 
     def inner(self, x: Tensor) -> Tensor:
-        if isinstance(self.gate, PackedLinear) and self.is_silu:
+        if self.gated is not None:
+            return self.gated(x)
+        if isinstance(self.gate, FusingLinear) and self.is_silu:
             gate = self.gate.silu(x)
         else:
             gate = self.activation(self.gate(x))
-        if isinstance(self.up, PackedLinear):
+        if isinstance(self.up, FusingLinear):
             return self.up.times(x, gate)
         product: Tensor = self.up(x) * gate
         return product

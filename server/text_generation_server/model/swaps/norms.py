@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from text_generation_server.cpu_kernels import rms_norm
+
 FEW_ROWS = 64
 
 
@@ -31,8 +33,19 @@ class FastRMSNorm(nn.Module):
         mirror = torch.tensor([[1.0], [-1.0]], dtype=dtype, device=weight.device)
         self.register_buffer("mirror", mirror, persistent=False)
         self.register_buffer("mirrored_weight", torch.stack((weight, weight)).detach(), persistent=False)
+        self.kernel_weight: Tensor | None = None
+
+    def compute_with_kernels(self) -> bool:
+        """Compute with a kernel of ours, where there is one; returns whether. In float32 it stays as it is."""
+        if self.mirror.dtype == torch.float32 or not rms_norm.supports(self.shape[0], self.mirror.dtype):
+            return False
+        self.kernel_weight = self.weight.float()
+        del self.mirror, self.mirrored_weight
+        return True
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kernel_weight is not None:
+            return rms_norm.rms_norm(x, self.kernel_weight, self.eps)
         if x.dtype == torch.float32 or x.device.type != "cpu":
             return F.rms_norm(x, self.shape, self.weight, self.eps)
         if x.numel() <= FEW_ROWS * x.shape[-1]:

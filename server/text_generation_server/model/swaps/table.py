@@ -11,7 +11,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ REPLACEMENTS: dict[str, Callable[[nn.Module], nn.Module | None]] = {
 }
 """Checked against recorded calls."""
 
-NAMES = (*REPLACEMENTS, "projections", "linears")
+NAMES = (*REPLACEMENTS, "projections", "kernels", "linears")
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest distance of outputs relative to their norm: a few roundings of the number format. In a short one that is more
@@ -43,6 +43,14 @@ ROUNDING = 1e-6
 """Of float32 numbers, with room."""
 PER_LAYER = frozenset({"layer_idx", "layer_id", bridge.LAYER_ATTRIBUTE})
 """Fields that differ between modules of one kind."""
+
+
+@runtime_checkable
+class HasKernels(Protocol):
+    """A replacement that can compute with kernels of ours."""
+
+    def compute_with_kernels(self) -> bool:
+        """Do so from now on, where there is one for its shape and dtype; returns whether."""
 
 
 @dataclass(slots=True)
@@ -71,10 +79,19 @@ def apply(
                 counts[name] = _replace_checked(model, replace, run, TOLERANCE[dtype])
         if "projections" not in left_out:
             counts["projections"] = sum(projections.replace_children(module) for module in list(model.modules()))
+        if "kernels" not in left_out:
+            # Parts first: a whole layer has kernels only if all its parts have.
+            swapped = [module for module in reversed(list(model.modules())) if isinstance(module, HasKernels)]
+            counts["kernels"] = sum(module.compute_with_kernels() for module in swapped)
         if "linears" not in left_out:
             # Only layers that are called: of others the model reads the weight itself.
             called = _record(model, [module for module in model.modules() if linears.plain_weights(module)], run)
-            counts["linears"] = _replace(model, lambda module: linears.pack(module) if module in called else None)
+            counts["linears"] = _replace(
+                model,
+                lambda module: (
+                    linears.pack(module, with_kernels="kernels" not in left_out) if module in called else None
+                ),
+            )
     gc.collect()
     logger.info("swapped modules: %s", ", ".join(f"{count} {name}" for name, count in counts.items() if count))
     return counts

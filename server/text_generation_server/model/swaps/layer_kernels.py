@@ -1,0 +1,180 @@
+"""A decoder layer of the Llama pattern in two launches, with attention between them.
+
+Launching a kernel costs a few microseconds, and so does each operation of torch around it: in a decode step of a small
+model that is as much as the work itself.
+
+Shape legend: T tokens, C width of the hidden states, H query heads, K key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from text_generation_server.cpu_kernels import rms_norm, rotary
+from text_generation_server.cpu_kernels.compiler import Sequence
+from text_generation_server.cpu_kernels.tiled_product import TiledProduct
+from text_generation_server.model import bridge
+from text_generation_server.model.swaps.attention import FusedAttention
+from text_generation_server.model.swaps.linears import tiled
+from text_generation_server.model.swaps.mlp import GatedMLP, PackedMLP
+from text_generation_server.model.swaps.norms import FastRMSNorm
+
+
+class LayerKernels:
+    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``, in place of x."""
+
+    def __init__(
+        self,
+        norms: tuple[FastRMSNorm, FastRMSNorm],
+        attention: FusedAttention,
+        qkv: TiledProduct,
+        out: TiledProduct,
+        gated: TiledProduct,
+        down: TiledProduct,
+    ) -> None:
+        self._first_weight, self._second_weight = (_kernel_weight(norm) for norm in norms)
+        self._attention, self._qkv, self._out, self._gated, self._down = attention, qkv, out, gated, down
+        self._shape = _Shape(
+            width=norms[0].shape[0],
+            query_heads=attention.query_heads,
+            kv_heads=attention.kv_heads,
+            head_dim=attention.head_dim,
+            inner_width=gated.width,
+            dtype=attention.dtype,
+        )
+        self._addresses: tuple[int, ...] = ()
+        first_norm, second_norm = (rms_norm.kernel(norm.shape[0], attention.dtype, norm.eps) for norm in norms)
+        has_head_norms = attention.kernel_norm_weight is not None
+        rotate = rotary.kernel(
+            attention.query_heads + 2 * attention.kv_heads,
+            attention.query_heads + attention.kv_heads,
+            attention.head_dim,
+            attention.dtype,
+            attention.norm_eps if has_head_norms else None,
+        )
+        self._before = Sequence(first_norm, qkv.kernel, rotate)
+        self._after = Sequence(out.kernel, second_norm, gated.kernel, down.kernel)
+
+    @classmethod
+    def of(
+        cls, first: FastRMSNorm, attention: FusedAttention, second: FastRMSNorm, mlp: GatedMLP
+    ) -> LayerKernels | None:
+        """None if a part has no kernel. The plain linear layers among the parts are replaced: their weights are not
+        needed any more."""
+        if not attention.has_kernel or not isinstance(mlp, PackedMLP) or mlp.gated is None:
+            return None
+        if first.kernel_weight is None or second.kernel_weight is None:
+            return None
+        products = [tiled(each) for each in (attention.qkv, attention.out, mlp.down)]
+        qkv, out, down = products
+        if qkv is None or out is None or down is None:
+            return None
+        attention.qkv, attention.out, mlp.down = qkv, out, down
+        return cls((first, second), attention, qkv.product, out.sum, mlp.gated, down.sum)
+
+    def __call__(self, hidden_1TC: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        step = _step_of(hidden_1TC, position_embeddings, self._shape)
+        if self._addresses != step.addresses:  # decode steps of one size mostly find the same memory again
+            self._fill(step)
+        self._before.run()
+        attended = bridge.attend(
+            self._attention, step.query_HTD, step.key_KTD, step.value_KTD, self._attention.arguments
+        ).contiguous()
+        self._after.set(0, ATTENDED, attended.data_ptr())
+        self._after.run()
+        return step.hidden_1TC
+
+    def _fill(self, step: _Step) -> None:
+        self._addresses = step.addresses
+        num_tokens, x, normed, heads, inner, cos, sin = step.addresses
+        norm = self._attention.kernel_norm_weight
+        self._before.fill(
+            (x, normed, self._first_weight.data_ptr(), num_tokens),
+            self._qkv.arguments(num_tokens, normed, heads),
+            (heads, cos, sin, 0 if norm is None else norm.data_ptr(), num_tokens),
+        )
+        self._after.fill(
+            self._out.arguments(num_tokens, 0, x, x),
+            (x, normed, self._second_weight.data_ptr(), num_tokens),
+            self._gated.arguments(num_tokens, normed, inner),
+            self._down.arguments(num_tokens, inner, x, x),
+        )
+
+
+ATTENDED = 0
+"""The place of the rows among a product's arguments."""
+
+
+def _kernel_weight(norm: FastRMSNorm) -> Tensor:
+    assert norm.kernel_weight is not None
+    return norm.kernel_weight
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What decides how memory is laid out between the kernels of a layer."""
+
+    width: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    inner_width: int
+    dtype: torch.dtype
+
+
+class _Step:
+    """What kernels read and write besides weights: the same memory for all layers of a step, and for most steps. New
+    memory would cost a page fault for each 4 KB."""
+
+    def __init__(
+        self, hidden_1TC: Tensor, position_embeddings: tuple[Tensor, Tensor], shape: _Shape, memory: Tensor
+    ) -> None:
+        self.given = position_embeddings[0], shape
+        num_tokens = hidden_1TC.shape[1]
+        heads = [shape.query_heads, shape.kv_heads, shape.kv_heads]
+        widths = [
+            shape.width,
+            shape.width,
+            sum(heads) * shape.head_dim,
+            shape.inner_width,
+            shape.head_dim,
+            shape.head_dim,
+        ]
+        sizes = [-(-num_tokens * width // ALIGNED) * ALIGNED for width in widths]
+        if memory.dtype != shape.dtype or memory.numel() < sum(sizes):
+            memory = torch.empty(sum(sizes), dtype=shape.dtype)
+        self.memory = memory
+        parts = torch.split(memory[: sum(sizes)], sizes)
+        self.addresses = num_tokens, *(part.data_ptr() for part in parts)
+        hidden_TC, _, heads_TN, _, cos_TD, sin_TD = (
+            part[: num_tokens * width].view(num_tokens, width) for part, width in zip(parts, widths, strict=True)
+        )
+        # All that kernels read is here, at the same addresses step after step: their arguments seldom change.
+        self.hidden_1TC = hidden_TC[None]
+        self.hidden_1TC.copy_(hidden_1TC)
+        for own, given in zip((cos_TD, sin_TD), position_embeddings, strict=True):
+            own.copy_(given[0])
+        heads_HTD = heads_TN.view(num_tokens, sum(heads), shape.head_dim).transpose(0, 1)
+        self.query_HTD, self.key_KTD, self.value_KTD = torch.split(heads_HTD, heads)
+
+
+ALIGNED = 64
+"""Numbers: parts begin where lines of the cache do."""
+
+_last: _Step | None = None
+
+
+def _step_of(hidden_1TC: Tensor, position_embeddings: tuple[Tensor, Tensor], shape: _Shape) -> _Step:
+    """The step that a layer is called in: the model hands all layers the same angles, and each the result of the one
+    before, which is the same tensor. They are held, so that no other can be taken for them."""
+    global _last
+    if _last is not None:
+        cos, known_shape = _last.given
+        if _last.hidden_1TC is hidden_1TC and cos is position_embeddings[0] and known_shape == shape:
+            return _last
+    memory = torch.empty(0) if _last is None else _last.memory
+    _last = _Step(hidden_1TC, position_embeddings, shape, memory)
+    return _last

@@ -1,0 +1,123 @@
+"""A step of an attention back end against the obvious one: each sequence alone, all scores written out."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+
+import torch
+from text_generation_server.attention.interface import AttentionBackend, LayerSpec
+from text_generation_server.engine.inputs import ForwardInputs
+from text_generation_server.engine.kv_cache import KVCache
+from torch import Tensor
+
+
+def obvious(
+    query_HND: Tensor,
+    keys_KLD: Tensor,
+    values_KLE: Tensor,
+    layer: LayerSpec,
+    scaling: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The last N of L positions attend; [N, H, E]."""
+    each = layer.query_heads // layer.kv_heads
+    keys, values = keys_KLD.repeat_interleave(each, 0), values_KLE.repeat_interleave(each, 0)
+    scores = query_HND @ keys.transpose(1, 2) * scaling
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    num_queries, num_keys = scores.shape[1:]
+    for query in range(num_queries):
+        position = num_keys - num_queries + query
+        for key in range(num_keys):
+            hidden = key > position
+            hidden |= bool(layer.window) and key <= position - layer.window
+            hidden |= bool(layer.chunk) and key // layer.chunk != position // layer.chunk
+            if hidden:
+                scores[:, query, key] = -math.inf
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.view(-1, 1, 1).expand(-1, num_queries, 1)), -1)
+    return (scores.softmax(-1)[..., :num_keys] @ values).transpose(0, 1)
+
+
+def check(
+    backend_class: type[AttentionBackend],
+    layer: LayerSpec,
+    rows: list[tuple[int, int]],
+    *,
+    block_size: int,
+    others: Sequence[LayerSpec] = (),
+    softcap: float = 0.0,
+    sinks: bool = False,
+    consecutive: bool = False,
+    padding: int = 0,
+    dtype: torch.dtype = torch.float32,
+    query_dtype: torch.dtype | None = None,
+) -> None:
+    """One step of one layer; ``rows`` are (tokens already cached, new tokens), one-token rows with a past first.
+
+    ``others`` are further layers of the model. Blocks are handed out in random order, unless ``consecutive``. Queries
+    have the cache's ``dtype``, unless they are given one.
+    """
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    contexts = [cached + new for cached, new in rows]
+    counts = [-(-context // block_size) for context in contexts]
+    free = list(range(1, sum(counts) + 1))
+    if not consecutive:
+        rng.shuffle(free)
+    tables = [[free.pop(0) for _ in range(count)] for count in counts]
+    cpu = torch.device("cpu")
+    cache = KVCache([layer], num_blocks=sum(counts), block_size=block_size, dtype=dtype, device=cpu)
+    queries = [torch.randn(layer.query_heads, new, layer.key_dim, dtype=dtype) for _, new in rows]
+    keys = [torch.randn(layer.kv_heads, context, layer.key_dim, dtype=dtype) for context in contexts]
+    values = [torch.randn(layer.kv_heads, context, layer.value_dim, dtype=dtype) for context in contexts]
+    slots = []
+    for (cached, new), table, key, value in zip(rows, tables, keys, values, strict=True):
+        places = [table[p // block_size] * block_size + p % block_size for p in range(cached + new)]
+        cache.layers[0].keys_KSD[:, places[:cached]] = key[:, :cached]
+        cache.layers[0].values_KSE[:, places[:cached]] = value[:, :cached]
+        slots += places[cached:]
+    num_tokens = len(slots)
+
+    def packed(parts: list[Tensor]) -> Tensor:
+        """[heads, T, width], with padding that would poison everything it is mixed with."""
+        heads, _, width = parts[0].shape
+        return torch.cat([*parts, torch.full((heads, padding, width), math.nan, dtype=dtype)], 1)
+
+    inputs = ForwardInputs(
+        input_ids_T=torch.zeros(num_tokens + padding, dtype=torch.int64),
+        position_ids_T=torch.cat([*(torch.arange(cached, cached + new) for cached, new in rows), torch.zeros(padding)]),
+        slots_T=torch.tensor(slots),
+        num_decode_rows=sum(new == 1 and cached > 0 for cached, new in rows),
+        query_lens=[new for _, new in rows],
+        context_lens=contexts,
+        block_tables=[[*table, 0, 0] for table in tables],  # a table may be longer than its context
+        logits_indices_L=torch.zeros(1, dtype=torch.int64),
+    )
+    sinks_H = torch.randn(layer.query_heads) if sinks else None
+    backend = backend_class(layers=[*others, layer], block_size=block_size, dtype=dtype, device=cpu)
+    out_THE = backend.attend(
+        backend.prepare(inputs),
+        layer,
+        cache.layers[0],
+        packed(queries).to(query_dtype or dtype),
+        packed([key[:, cached:] for (cached, _), key in zip(rows, keys, strict=True)]),
+        packed([value[:, cached:] for (cached, _), value in zip(rows, values, strict=True)]),
+        scaling=0.3,
+        softcap=softcap,
+        sinks_H=sinks_H,
+    )
+    expected = torch.cat(
+        [
+            obvious(query.float(), key.float(), value.float(), layer, 0.3, softcap, sinks_H)
+            for query, key, value in zip(queries, keys, values, strict=True)
+        ]
+    )
+    assert out_THE.dtype == (query_dtype or dtype)
+    assert out_THE.shape == (num_tokens + padding, layer.query_heads, layer.value_dim)
+    tolerance = 1e-5 if out_THE.dtype == dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(out_THE[:num_tokens].float(), expected, rtol=tolerance, atol=tolerance)
+    assert not out_THE[num_tokens:].any()

@@ -1,0 +1,108 @@
+"""Models that compute with kernels of ours, beside the same models without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import paged_driver
+import pytest
+import tiny_models
+import torch
+from text_generation_server.attention.llvm_paged import LlvmPaged
+from text_generation_server.config import Dtype, ShardConfig
+from text_generation_server.cpu_kernels import tiled_product
+from text_generation_server.model.loader import load_model
+from text_generation_server.model.swaps import layers, mlp, norms
+from text_generation_server.model.swaps.attention import FusedAttention
+from text_generation_server.model.swaps.linears import PackedLinear, TiledLinear
+from text_generation_server.model.transformers_runner import TransformersRunner
+from torch import nn
+
+MakeModel = Callable[..., Path]
+
+WIDE_HEADS = {"head_dim": 32}
+needs_tiles = pytest.mark.skipif(
+    not tiled_product.supports(32, 32, torch.bfloat16), reason="this processor does not multiply in tiles (AMX)"
+)
+
+
+def load(folder: Path, dtype: Dtype, attention: str | None = None) -> TransformersRunner:
+    config = ShardConfig(model_id="tiny", uds_path=Path("unused"), dtype=dtype, attention=attention)
+    return load_model(config, folder)
+
+
+def modules(runner: TransformersRunner, kind: type[nn.Module]) -> list[Any]:
+    return [module for module in runner.model.modules() if isinstance(module, kind)]
+
+
+@pytest.mark.parametrize("attention", ["llvm", "torch"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_tokens_in_float32_equal_generate(model_type: str, attention: str, tiny_model: MakeModel) -> None:
+    import transformers
+
+    folder = tiny_model(model_type, **WIDE_HEADS)
+    prompts = paged_driver.random_prompts(6, lengths=(40, 7, 70))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    expected = paged_driver.generated(model, prompts, max_new_tokens=12, eos_ids=[tiny_models.EOS_ID])
+    runner = load(folder, Dtype.FLOAT32, attention)
+    assert runner.info.attention == attention
+    rotating = [module.has_kernel for module in modules(runner, FusedAttention)]
+    assert rotating == [attention == "llvm"] * 2
+    for chunk_tokens in (16, 1 << 30):
+        tokens = paged_driver.greedy(
+            runner, prompts, max_new_tokens=12, eos_ids=[tiny_models.EOS_ID], arrive_within=4, chunk_tokens=chunk_tokens
+        )
+        assert tokens == expected
+
+
+@needs_tiles
+@pytest.mark.parametrize(
+    ("model_type", "changes", "is_whole"),
+    [
+        pytest.param("llama", WIDE_HEADS, True, id="plain"),
+        pytest.param("qwen2", {"num_attention_heads": 2}, True, id="biases"),
+        pytest.param("qwen3", WIDE_HEADS, True, id="norms of heads"),
+        pytest.param("llama", {}, False, id="heads too narrow for the rotation"),
+        pytest.param("llama", {**WIDE_HEADS, "intermediate_size": 80}, False, id="a width that is no whole panel"),
+        pytest.param("llama", {**WIDE_HEADS, "mlp_bias": True}, False, id="biases of the mlp"),
+        pytest.param("granite", {**WIDE_HEADS, "residual_multiplier": 0.5}, False, id="scaled residuals"),
+        pytest.param("gemma2", WIDE_HEADS, False, id="more norms"),
+        pytest.param("qwen3_moe", WIDE_HEADS, False, id="experts"),
+        pytest.param("gpt2", {}, False, id="nothing of the pattern"),
+    ],
+)
+def test_logits_in_bfloat16(model_type: str, changes: dict[str, Any], is_whole: bool, tiny_model: MakeModel) -> None:
+    """Whole layers or parts of them: the logits are those of the library's own modules, but for roundings."""
+    folder = tiny_model(model_type, **{"initializer_range": 0.05, **changes})
+    fast, exact = load(folder, Dtype.BFLOAT16), load(folder, Dtype.FLOAT32, attention="torch")
+    whole = [layer.kernels is not None for layer in modules(fast, layers.FusedLayer)]
+    assert whole == [True] * 2 if is_whole else not any(whole)
+    prompts = paged_driver.random_prompts(5, lengths=(3, 33, 70))
+    ours, expected = (paged_driver.last_logits(runner, prompts) for runner in (fast, exact))
+    assert (ours - expected).norm() <= 0.05 * expected.norm()
+
+
+@needs_tiles
+def test_weights_are_kept_once(tiny_model: MakeModel) -> None:
+    runner = load(tiny_model("llama", **WIDE_HEADS), Dtype.BFLOAT16)
+    (first, _) = modules(runner, layers.FusedLayer)
+    assert isinstance(first.self_attn.qkv, TiledLinear)
+    assert isinstance(first.self_attn.out, TiledLinear)
+    assert isinstance(first.mlp, mlp.PackedMLP)
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*first.parameters(), *first.buffers())}
+    hidden, inner, heads = 64, 96, 4 * 32 + 2 * 2 * 32
+    matrices = hidden * heads + 4 * 32 * hidden + 3 * hidden * inner
+    assert 2 * matrices <= sum(held.values()) <= 2 * matrices + 4 * 8 * hidden  # and what belongs to the norms
+
+
+@pytest.mark.parametrize("dtype", [Dtype.FLOAT32, Dtype.BFLOAT16])
+def test_attention_of_torch_leaves_all_kernels_out(dtype: Dtype, tiny_model: MakeModel) -> None:
+    runner = load(tiny_model("llama", **WIDE_HEADS), dtype, attention="torch")
+    assert not isinstance(runner.backend, LlvmPaged)
+    assert modules(runner, PackedLinear)
+    assert not modules(runner, TiledLinear)
+    assert not any(layer.kernels for layer in modules(runner, layers.FusedLayer))
+    assert not any(attention.has_kernel for attention in modules(runner, FusedAttention))
+    assert all(norm.kernel_weight is None for norm in modules(runner, norms.FastRMSNorm))
