@@ -28,6 +28,7 @@ def rotate(
     so are cosine and sine, which have its dtype. `supports` says for which widths and dtypes.
     """
     num_tokens, num_heads, head_dim = heads_THD.shape
+    assert cos_TD.shape == sin_TD.shape == (num_tokens, head_dim)
     kernel(num_heads, num_rotated, head_dim, heads_THD.dtype, None if norm_HD is None else eps)(
         heads_THD.data_ptr(),
         cos_TD.data_ptr(),

@@ -64,7 +64,7 @@ class FusedAttention(nn.Module):
         heads = self.qkv(hidden_states[0]).view(-1, rotating + self.kv_heads, self.head_dim)
         pair, value = heads[:, :rotating], heads[:, rotating:]
         if self.has_kernel:
-            cos_TD, sin_TD = angles(position_embeddings, self.head_dim, self.dtype)
+            cos_TD, sin_TD = (each[0].to(heads.dtype).contiguous() for each in position_embeddings)
             rotary.rotate(
                 heads, cos_TD, sin_TD, num_rotated=rotating, norm_HD=self.kernel_norm_weight, eps=self.norm_eps
             )
@@ -73,24 +73,14 @@ class FusedAttention(nn.Module):
                 wide = pair.to(self.norm_weight.dtype)
                 pair = (F.rms_norm(wide, (self.head_dim,), None, self.norm_eps) * self.norm_weight).to(pair.dtype)
             pair = rotate(pair, *position_embeddings)
-        return self.attend(pair, value).view(1, -1, self.query_heads * self.head_dim)
-
-    def attend(self, pair_THD: Tensor, value_TKD: Tensor) -> Tensor:
-        """With query and key heads of each token side by side; [T, H, D]."""
-        return bridge.attend(
+        attended = bridge.attend(
             self,
-            pair_THD[:, : self.query_heads].transpose(0, 1),
-            pair_THD[:, self.query_heads :].transpose(0, 1),
-            value_TKD.transpose(0, 1),
+            pair[:, : self.query_heads].transpose(0, 1),
+            pair[:, self.query_heads :].transpose(0, 1),
+            value.transpose(0, 1),
             self.arguments,
         )
-
-
-def angles(position_embeddings: tuple[Tensor, Tensor], head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [T, D] as kernels read them."""
-    cos_TD, sin_TD = (each[0].to(dtype).contiguous() for each in position_embeddings)
-    assert cos_TD.shape[1] == sin_TD.shape[1] == head_dim
-    return cos_TD, sin_TD
+        return attended.view(1, -1, self.query_heads * self.head_dim)
 
 
 def rotate(heads_THD: Tensor, cos_1TD: Tensor, sin_1TD: Tensor) -> Tensor:
