@@ -1,4 +1,5 @@
-"""Paged attention on a processor: decode rows by a kernel that reads the cache in place, prompt chunks by torch.
+"""Paged attention on a processor by kernels that read the cache in place. Prompt chunks are torch's where AMX is
+missing, or the dtype is another than bfloat16.
 
 Shape legend: T tokens of the step, R decode rows, H query heads, K key/value heads, D key width, E value width, S cache
 slots.
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from text_generation_server.attention.interface import LayerCache, LayerSpec, Unsupported
-from text_generation_server.attention.torch_paged import Plan as ChunksPlan
+from text_generation_server.attention.torch_paged import Plan as TorchPlan
 from text_generation_server.attention.torch_paged import TorchPaged, first_seen
-from text_generation_server.cpu_kernels import compiler, decode_attention
+from text_generation_server.cpu_kernels import cache_write, compiler, decode_attention, prefill_attention
 from text_generation_server.cpu_kernels.decode_attention import DecodeAttention, Rows, Shape
+from text_generation_server.cpu_kernels.language import LANES
+from text_generation_server.cpu_kernels.prefill_attention import Chunks, PrefillAttention
 from text_generation_server.engine.inputs import ForwardInputs
 
 
@@ -25,10 +28,13 @@ class Plan:
     """Decode rows: the first tokens of the step."""
     num_tokens: int
     """Of all rows; the step may have padding behind them."""
-    slots_R: Tensor
+    slots_T: Tensor
     rows: dict[tuple[int, int], Rows]
     """By window and chunk."""
-    chunks: ChunksPlan | None
+    chunks: dict[tuple[int, int], Chunks]
+    """The same of prompt chunks."""
+    torch_plan: TorchPlan | None
+    """Of prompt chunks where there is no kernel for them."""
 
 
 class LlvmPaged:
@@ -49,28 +55,48 @@ class LlvmPaged:
         self.block_size = block_size
         self.dtype = dtype
         self._sights = sorted({(layer.window, layer.chunk) for layer in layers})
-        self._chunks = TorchPaged(layers=layers, block_size=block_size, dtype=dtype, device=device)
-        self._kernels: dict[tuple[LayerSpec, float, float, bool], DecodeAttention] = {}
+        has_kernel = all(
+            prefill_attention.supports(
+                layer.query_heads // layer.kv_heads, layer.key_dim, layer.value_dim, block_size, dtype
+            )
+            for layer in layers
+        )
+        self._torch = (
+            None if has_kernel else TorchPaged(layers=layers, block_size=block_size, dtype=dtype, device=device)
+        )
+        self._decode_kernels: dict[Shape, DecodeAttention] = {}
+        self._prefill_kernels: dict[tuple[Shape, int, int], PrefillAttention] = {}
 
     def prepare(self, inputs: ForwardInputs) -> Plan:
         num_rows = inputs.num_decode_rows
-        has_chunks = len(inputs.query_lens) > num_rows
-        stops = inputs.context_lens[:num_rows]
-        return Plan(
+        plan = Plan(
             num_rows=num_rows,
             num_tokens=inputs.slots_T.shape[0],
-            slots_R=inputs.slots_T[:num_rows],
-            rows={
-                (window, chunk): decode_attention.plan_rows(
-                    inputs.block_tables[:num_rows],
-                    [first_seen(stop - 1, window, chunk) for stop in stops],
-                    stops,
-                    self.block_size,
-                )
-                for window, chunk in self._sights
-                if num_rows
-            },
-            chunks=self._chunks.prepare(inputs.without_decode_rows()) if has_chunks else None,
+            slots_T=inputs.slots_T,
+            rows={sight: self._rows(inputs, *sight) for sight in self._sights if num_rows},
+            chunks={},
+            torch_plan=None,
+        )
+        if len(inputs.query_lens) > num_rows:
+            chunks = inputs.without_decode_rows()
+            if self._torch is not None:
+                plan.torch_plan = self._torch.prepare(chunks)
+            else:
+                plan.chunks = {sight: self._plan_chunks(chunks, *sight) for sight in self._sights}
+        return plan
+
+    def _rows(self, inputs: ForwardInputs, window: int, chunk: int) -> Rows:
+        stops = inputs.context_lens[: inputs.num_decode_rows]
+        firsts = [first_seen(stop - 1, window, chunk) for stop in stops]
+        return decode_attention.plan_rows(inputs.block_tables[: len(stops)], firsts, stops, self.block_size)
+
+    def _plan_chunks(self, inputs: ForwardInputs, window: int, chunk: int) -> Chunks:
+        firsts = [
+            [first_seen(position, window, chunk) for position in range(context - count, context, LANES)]
+            for count, context in zip(inputs.query_lens, inputs.context_lens, strict=True)
+        ]
+        return prefill_attention.plan_chunks(
+            inputs.block_tables, inputs.query_lens, inputs.context_lens, firsts, self.block_size
         )
 
     def attend(
@@ -88,47 +114,49 @@ class LlvmPaged:
     ) -> Tensor:
         rows, dtype = plan.num_rows, query_HTD.dtype
         query_HTD, key_KTD, value_KTE = (self._readable(each) for each in (query_HTD, key_KTD, value_KTE))
-        attended: Tensor | None = None
-        if plan.chunks is not None:
-            attended = self._chunks.attend(
-                plan.chunks, layer, cache, query_HTD[:, rows:], key_KTD[:, rows:], value_KTE[:, rows:],
-                scaling=scaling, softcap=softcap, sinks_H=sinks_H,
-            )  # fmt: skip
-            if not rows:
-                return attended.to(dtype)
-        out_THE = query_HTD.new_empty((query_HTD.shape[1], layer.query_heads, layer.value_dim))
-        if attended is not None:
-            out_THE[rows:] = attended
-        elif query_HTD.shape[1] > plan.num_tokens:
-            out_THE[plan.num_tokens :] = 0  # not what lay there: it may be not-a-number
-        # The kernel reads memory as it was told the shapes are.
+        # Kernels read memory as they were told the shapes are.
         assert query_HTD.shape[::2] == (layer.query_heads, layer.key_dim)
         assert key_KTD.shape[::2] == (layer.kv_heads, layer.key_dim)
         assert value_KTE.shape[::2] == (layer.kv_heads, layer.value_dim)
-        self._kernel(layer, scaling, softcap, sinks_H is not None)(
-            plan.rows[layer.window, layer.chunk],
-            plan.slots_R,
-            query_HTD,
-            key_KTD,
-            value_KTE,
-            cache.keys_KSD,
-            cache.values_KSE,
-            out_THE,
-            None if sinks_H is None else sinks_H.float().contiguous(),
-        )
+        out_THE = query_HTD.new_empty((query_HTD.shape[1], layer.query_heads, layer.value_dim))
+        if query_HTD.shape[1] > plan.num_tokens:
+            out_THE[plan.num_tokens :] = 0  # not what lay there: it may be not-a-number
+        sight = layer.window, layer.chunk
+        shape = Shape(
+            layer.query_heads, layer.kv_heads, layer.key_dim, layer.value_dim, self.block_size, self.dtype,
+            scaling, softcap, sinks_H is not None,
+        )  # fmt: skip
+        sinks_H = None if sinks_H is None else sinks_H.float().contiguous()
+        if rows:
+            self._decode_kernel(shape)(
+                plan.rows[sight], plan.slots_T, query_HTD, key_KTD, value_KTE, cache.keys_KSD, cache.values_KSE,
+                out_THE, sinks_H,
+            )  # fmt: skip
+        if plan.torch_plan is not None:
+            assert self._torch is not None
+            out_THE[rows:] = self._torch.attend(
+                plan.torch_plan, layer, cache, query_HTD[:, rows:], key_KTD[:, rows:], value_KTE[:, rows:],
+                scaling=scaling, softcap=softcap, sinks_H=sinks_H,
+            )  # fmt: skip
+        elif plan.chunks:
+            cache_write.write(key_KTD[:, rows:], cache.keys_KSD, plan.slots_T[rows:])
+            cache_write.write(value_KTE[:, rows:], cache.values_KSE, plan.slots_T[rows:])
+            self._prefill_kernel(shape, *sight)(
+                plan.chunks[sight], query_HTD[:, rows:], cache.keys_KSD, cache.values_KSE, out_THE[rows:], sinks_H
+            )
         return out_THE.to(dtype)
 
-    def _kernel(self, layer: LayerSpec, scaling: float, softcap: float, has_sinks: bool) -> DecodeAttention:
-        key = layer, scaling, softcap, has_sinks
-        kernel = self._kernels.get(key)
+    def _decode_kernel(self, shape: Shape) -> DecodeAttention:
+        kernel = self._decode_kernels.get(shape)
         if kernel is None:
-            shape = Shape(
-                layer.query_heads, layer.kv_heads, layer.key_dim, layer.value_dim, self.block_size, self.dtype,
-                scaling, softcap, has_sinks,
-            )  # fmt: skip
-            # Layers that differ in their windows alone share one.
-            kernel = next((each for each in self._kernels.values() if each.shape == shape), None)
-            kernel = self._kernels[key] = kernel or DecodeAttention(shape)
+            kernel = self._decode_kernels[shape] = DecodeAttention(shape)
+        return kernel
+
+    def _prefill_kernel(self, shape: Shape, window: int, chunk: int) -> PrefillAttention:
+        kernel = self._prefill_kernels.get((shape, window, chunk))
+        if kernel is None:
+            kernel = PrefillAttention(shape, window=window, chunk=chunk)
+            self._prefill_kernels[shape, window, chunk] = kernel
         return kernel
 
     def _readable(self, heads: Tensor) -> Tensor:

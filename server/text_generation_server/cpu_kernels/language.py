@@ -14,6 +14,7 @@ import platform
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from llvmlite import ir
 
@@ -109,8 +110,19 @@ class Value:
     def __gt__(self, other: Value | Number) -> Value:
         return self._compared(">", other)
 
+    def __le__(self, other: Value | Number) -> Value:
+        return self._compared("<=", other)
+
     def __ge__(self, other: Value | Number) -> Value:
         return self._compared(">=", other)
+
+    def is_number(self) -> Value:
+        """Lane by lane, or of a float32."""
+        return Value(self.code, self.code.builder.fcmp_ordered("ord", self.ir, self.ir))
+
+    def both(self, other: Value) -> Value:
+        """Of truth values."""
+        return Value(self.code, self.code.builder.and_(self.ir, other.ir))
 
     def either(self, other: Value) -> Value:
         """Of truth values."""
@@ -145,6 +157,10 @@ class Pointer:
     def _at(self, index: Value | int) -> Any:
         place = self.code.integer(index).ir
         return _untyped(self.code.builder.gep(self.address, [place], source_etype=_STORED[self.dtype]))
+
+    def of(self, dtype: torch.dtype) -> Pointer:
+        """The same memory, holding other numbers."""
+        return Pointer(self.code, self.address, dtype)
 
     def __add__(self, index: Value | int) -> Pointer:
         return Pointer(self.code, self._at(index), self.dtype)
@@ -190,6 +206,18 @@ class Pointer:
             is_nan = builder.fcmp_unordered("uno", value.ir, value.ir)
             quiet = builder.or_(builder.lshr(bits, _lanes(16)), _lanes(0x40))
             builder.store(builder.trunc(builder.select(is_nan, quiet, rounded), _VECTOR_I16), place, align=2)
+
+    def bits(self, index: Value | int) -> Value:
+        """The 64 bytes from ``index`` on as a vector of whatever they are, for `transpose`: 32 halves, say."""
+        return Value(self.code, self.code.builder.load(self._at(index), align=2, typ=_VECTOR))
+
+    def put_bits(self, index: Value | int, value: Value) -> None:
+        self.code.builder.store(value.ir, self._at(index), align=2)
+
+    def halves(self, index: Value | int) -> Value:
+        """16 bfloat16 numbers as they are stored, in the lower halves of lanes."""
+        loaded = self.code.builder.load(self._at(index), align=2, typ=_VECTOR_I16)
+        return Value(self.code, self.code.builder.zext(loaded, _VECTOR_I32))
 
     def prefetch(self, index: Value | int) -> None:
         """Have the memory there brought into the second cache."""
@@ -312,6 +340,14 @@ class Code:
     def choose(self, condition: Value, yes: Value, no: Value) -> Value:
         return Value(self, self.builder.select(condition.ir, yes.ir, no.ir))
 
+    def floor(self, value: Value) -> Value:
+        """Of each lane."""
+        return self.call("llvm.floor.v16f32", ir.FunctionType(_VECTOR, [_VECTOR]), value.ir)
+
+    def no_halves(self) -> Value:
+        """Zeros beside what `Pointer.halves` gives."""
+        return Value(self, _lanes(0))
+
     def square_root(self, value: Value) -> Value:
         """Of a float32."""
         return self.call("llvm.sqrt.f32", ir.FunctionType(_F32, [_F32]), value.ir)
@@ -339,6 +375,46 @@ class Code:
         exponent = self.builder.fptosi(self.builder.select(is_number, power.ir, self.vector(0).ir), _VECTOR_I32)
         scale = self.builder.shl(self.builder.add(exponent, _lanes(127)), _lanes(23))
         return series * Value(self, self.builder.bitcast(scale, _VECTOR))
+
+    def rounded_halves(self, vector: Value) -> Value:
+        """A vector rounded to bfloat16, in the lower halves of lanes; only where the processor rounds."""
+        assert self.has_bfloat16
+        kind = ir.FunctionType(_VECTOR_BF16, [_VECTOR])
+        rounded = self.call("llvm.x86.avx512bf16.cvtneps2bf16.512", kind, vector.ir)
+        return Value(self, self.builder.zext(self.builder.bitcast(rounded.ir, _VECTOR_I16), _VECTOR_I32))
+
+    def paired(self, low: Value, high: Value) -> Value:
+        """Two vectors of halves in one, for `put_bits`: neighbours in memory are what was in one lane."""
+        joined = self.builder.or_(low.ir, self.builder.shl(high.ir, _lanes(16)))
+        return Value(self, self.builder.bitcast(joined, _VECTOR))
+
+    def transpose(self, rows: list[Value]) -> list[Value]:
+        """16 vectors as a matrix: lane i of result j is lane j of row i."""
+        for distance in (1, 2, 4, 8):
+            for row in range(LANES):
+                if not row & distance:
+                    upper, lower = rows[row], rows[row + distance]
+                    stay = [lane if not lane & distance else LANES + lane - distance for lane in range(LANES)]
+                    move = [lane + distance if not lane & distance else LANES + lane for lane in range(LANES)]
+                    rows[row] = self._shuffled(upper, lower, stay)
+                    rows[row + distance] = self._shuffled(upper, lower, move)
+        return rows
+
+    def power_of_two(self, x: Value) -> Value:
+        """``2 ** x`` of each lane, to 5 digits, which is more than bfloat16 has; only with AVX-512.
+
+        Source: the Chebyshev fit of degree 4 to ``2 ** f`` for f in -0.5 .. 0.5.
+        """
+        unary = ir.FunctionType(_VECTOR, [_VECTOR])
+        power = self.call("llvm.rint.v16f32", unary, x.ir)
+        rest = x - power
+        series = self.vector(_POWER_SERIES[-1])
+        for factor in reversed(_POWER_SERIES[:-1]):
+            series = self.multiply_add(series, rest, self.vector(factor))
+        every_lane, to_nearest = ir.Constant(_I16, -1), ir.Constant(_I32, 4)  # 4: as the processor is set to round
+        kind = ir.FunctionType(_VECTOR, [_VECTOR, _VECTOR, _VECTOR, _I16, _I32])
+        name = "llvm.x86.avx512.mask.scalef.ps.512"
+        return self.call(name, kind, series.ir, power.ir, self.vector(0).ir, every_lane, to_nearest)
 
     def sum(self, vector: Value) -> Value:
         """Of all lanes, always in the same order."""
@@ -442,6 +518,14 @@ class Code:
         """An intrinsic function of LLVM."""
         function = self.module.globals.get(name) or ir.Function(self.module, kind, name)
         return Value(self, self.builder.call(function, arguments))
+
+
+_POWER_SERIES = tuple(
+    float(each)
+    for each in np.polynomial.Chebyshev.interpolate(lambda x: np.exp2(x), 4, domain=[-0.5, 0.5])
+    .convert(kind=np.polynomial.Polynomial)
+    .coef
+)
 
 
 def _untyped(pointer: Any) -> Any:

@@ -9,22 +9,19 @@ Shape legend: M rows, K inputs, N outputs.
 
 from __future__ import annotations
 
-import ctypes
 import enum
 import functools
-from typing import Any
 
 import torch
-from llvmlite import ir
 from torch import Tensor
 
-from text_generation_server.cpu_kernels.compiler import Kernel, new_code, processor_has
-from text_generation_server.cpu_kernels.language import LANES, Code, Pointer, Value
+from text_generation_server.cpu_kernels import tiles
+from text_generation_server.cpu_kernels.compiler import Kernel, new_code
+from text_generation_server.cpu_kernels.language import LANES, Code, Value
+from text_generation_server.cpu_kernels.tiles import STEP, Tiles
 
 PANEL = 2 * LANES
 """Outputs of a unit of work, and rows that are multiplied at once: two tiles by two."""
-STEP = 32
-"""Inputs that one tile multiplication takes."""
 PANELS_BYTES = 2**19
 """Of panels that stay in the second cache while 32 rows after 32 rows are multiplied with them."""
 ROWS_PER_UNIT = 128
@@ -43,7 +40,7 @@ class Epilogue(enum.Enum):
 
 def supports(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> bool:
     fits = num_outputs % PANEL == 0 and num_inputs % STEP == 0
-    return fits and dtype == torch.bfloat16 and processor_has("amx-bf16") and _may_use_tiles()
+    return fits and dtype == torch.bfloat16 and tiles.are_available()
 
 
 def pack(weight_NK: Tensor) -> Tensor:
@@ -108,8 +105,8 @@ class TiledProduct:
             self.num_panels,
             self._panels_per_unit(num_rows),
             self.units(num_rows),
-            _tile_shapes(PANEL).data_ptr(),
-            _tile_shapes(num_rows % PANEL or PANEL).data_ptr(),
+            tiles.shapes(PANEL).data_ptr(),
+            tiles.shapes(num_rows % PANEL or PANEL).data_ptr(),
         )
 
 
@@ -120,7 +117,7 @@ NUM_ARGUMENTS = 12
 def _kernel(epilogue: Epilogue, has_bias: bool) -> Kernel:
     code = new_code("tiled_product")
     num_rows, num_panels, panels_per_unit = (code.arguments[number] for number in (6, 8, 9))
-    shapes_of_others = _Tiles.save(code)
+    shapes_of_others = Tiles.save(code)
     num_parts = (num_rows + (ROWS_PER_UNIT - 1)) // ROWS_PER_UNIT
     with code.units(code.arguments[10]) as unit:
         product = _Product(code, epilogue, has_bias=has_bias)
@@ -129,7 +126,7 @@ def _kernel(epilogue: Epilogue, has_bias: bool) -> Kernel:
         first_row = unit % num_parts * ROWS_PER_UNIT
         with code.loop(code.smaller(first_row + ROWS_PER_UNIT, num_rows), first_row, step=PANEL) as row:
             _multiply(product, row, first_panel, stop_panel)
-    _Tiles.restore(code, shapes_of_others)
+    Tiles.restore(code, shapes_of_others)
     return Kernel(code, num_arguments=NUM_ARGUMENTS)
 
 
@@ -163,106 +160,33 @@ class _Product:
 def _multiply(product: _Product, row: Value, first: Value, stop: Value) -> None:
     """32 rows, or the last ones in tiles that are as high as there are rows, with one panel after the other."""
     code = product.code
-    tiles, left = _Tiles(code), code.arguments[6] - row
+    registers, left = Tiles(code), code.arguments[6] - row
     results = code.scratch(PANEL * PANEL)
     is_full = left >= PANEL
-    tiles.shape(code.choose(is_full, code.arguments[11], code.arguments[12]))
+    registers.shape(code.choose(is_full, code.arguments[11], code.arguments[12]))
     num_rows = code.choose(is_full, code.integer(PANEL), left)
     for halves in (1, 2):
         with code.when(left > LANES if halves == 2 else left < LANES + 1), code.loop(stop, first) as panel:
-            _multiply_tiles(tiles, product, row, panel, halves)
+            _multiply_tiles(registers, product, row, panel, halves)
             for number in range(2 * halves):
                 half, side = divmod(number, 2)
-                tiles.store(number, results + (half * PANEL + side) * LANES, 4 * PANEL)
+                registers.store(number, results + (half * PANEL + side) * LANES, 4 * PANEL)
             with code.loop(num_rows) as each:
                 sums = [results.vector(each * PANEL + place) for place in range(0, PANEL, LANES)]
                 product.finish(row + each, panel, sums)
 
 
-def _multiply_tiles(tiles: _Tiles, product: _Product, row: Value, panel: Value, halves: int) -> None:
+def _multiply_tiles(registers: Tiles, product: _Product, row: Value, panel: Value, halves: int) -> None:
     """16 rows, or 32, with a panel. It passes by: rows are what the nearest cache had better keep."""
-    code = tiles.code
+    code = registers.code
     for number in range(2 * halves):
-        tiles.zero(number)
+        registers.zero(number)
     with code.loop(product.num_inputs // STEP) as step:
         rows = product.rows + (row * product.num_inputs + step * STEP)
         weights = product.weights + (panel * product.num_inputs + step * STEP) * PANEL
         for side in range(2):
-            tiles.load(6 + side, weights + side * (STEP * LANES), code.integer(2 * STEP), passing=True)
+            registers.load(6 + side, weights + side * (STEP * LANES), 2 * STEP, passing=True)
         for half in range(halves):
-            tiles.load(4 + half, rows + product.num_inputs * (half * LANES), product.num_inputs * 2)
+            registers.load(4 + half, rows + product.num_inputs * (half * LANES), product.num_inputs * 2)
             for side in range(2):
-                tiles.multiply(2 * half + side, 4 + half, 6 + side)
-
-
-class _Tiles:
-    """AMX: results in tiles 0 to 3, rows in 4 and 5, weights in 6 and 7.
-
-    Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, chapter 18.
-    """
-
-    SHAPES_BYTES = 64
-
-    def __init__(self, code: Code) -> None:
-        self.code = code
-
-    @staticmethod
-    def save(code: Code) -> Pointer:
-        """The tile shapes that others have set on this thread, oneDNN for one: it does not set them again."""
-        place = code.scratch(_Tiles.SHAPES_BYTES // 4)
-        code.call("llvm.x86.sttilecfg", _kind("p"), place.address)
-        return place
-
-    @staticmethod
-    def restore(code: Code, place: Pointer) -> None:
-        code.call("llvm.x86.ldtilecfg", _kind("p"), place.address)
-
-    def shape(self, address: Value) -> None:
-        place = self.code.pointer(address, torch.float32)
-        self.code.call("llvm.x86.ldtilecfg", _kind("p"), place.address)
-
-    def zero(self, tile: int) -> None:
-        self.code.call("llvm.x86.tilezero", _kind("t"), _tile(tile))
-
-    def load(self, tile: int, place: Pointer, row_bytes: Value, *, passing: bool = False) -> None:
-        """``passing``: what else is in the nearest cache had better stay there."""
-        name = "llvm.x86.tileloaddt164" if passing else "llvm.x86.tileloadd64"
-        self.code.call(name, _kind("tpi"), _tile(tile), place.address, row_bytes.ir)
-
-    def store(self, tile: int, place: Pointer, row_bytes: int) -> None:
-        row = self.code.integer(row_bytes).ir
-        self.code.call("llvm.x86.tilestored64", _kind("tpi"), _tile(tile), place.address, row)
-
-    def multiply(self, result: int, rows: int, weights: int) -> None:
-        tiles = (_tile(number) for number in (result, rows, weights))
-        self.code.call("llvm.x86.tdpbf16ps", _kind("ttt"), *tiles)
-
-
-def _kind(arguments: str) -> Any:
-    kinds = {"p": ir.PointerType(), "t": ir.IntType(8), "i": ir.IntType(64)}
-    return ir.FunctionType(ir.VoidType(), [kinds[each] for each in arguments])
-
-
-def _tile(number: int) -> Any:
-    return ir.Constant(ir.IntType(8), number)
-
-
-@functools.cache
-def _tile_shapes(num_rows: int) -> Tensor:
-    """The 64 bytes that describe tiles for ``num_rows`` rows, 32 at most."""
-    shapes = torch.zeros(64, dtype=torch.uint8)
-    shapes[0] = 1  # the only palette there is
-    low, high = min(num_rows, LANES), max(num_rows - LANES, 0)
-    for tile, height in enumerate((low, low, high, high, low, high, LANES, LANES)):
-        if height:  # a tile has bytes in a row only if it has rows
-            shapes[16 + 2 * tile] = 64
-            shapes[48 + tile] = height
-    return shapes
-
-
-@functools.cache
-def _may_use_tiles() -> bool:
-    """Linux keeps the state of tiles only for a process that has asked for it."""
-    system_call = ctypes.CDLL(None, use_errno=True).syscall
-    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    return bool(system_call(arch_prctl, request_permission, tile_data) == 0)
+                registers.multiply(2 * half + side, 4 + half, 6 + side)

@@ -14,6 +14,7 @@ from text_generation_server.attention.interface import LayerSpec, Unsupported
 from text_generation_server.attention.llvm_paged import LlvmPaged
 from text_generation_server.cpu_kernels import compiler
 from text_generation_server.cpu_kernels.decode_attention import DecodeAttention
+from text_generation_server.cpu_kernels.prefill_attention import PrefillAttention
 
 needs_kernels = pytest.mark.skipif(
     compiler.reason_unavailable() is not None, reason=f"no kernels here: {compiler.reason_unavailable()}"
@@ -21,6 +22,8 @@ needs_kernels = pytest.mark.skipif(
 
 BLOCK_SIZE = 16
 PLAIN = LayerSpec(query_heads=4, kv_heads=2, key_dim=16, value_dim=16)
+WIDE = dataclasses.replace(PLAIN, key_dim=32, value_dim=32)
+"""Wide enough for chunks to be computed by a kernel too, in bfloat16 where there is AMX."""
 
 check = functools.partial(paged_attention.check, LlvmPaged, block_size=BLOCK_SIZE)
 
@@ -42,6 +45,9 @@ LAYERS = [
     pytest.param(dataclasses.replace(PLAIN, window=21), id="sliding window"),
     pytest.param(dataclasses.replace(PLAIN, window=1), id="window of itself"),
     pytest.param(dataclasses.replace(PLAIN, chunk=6), id="chunked"),
+    pytest.param(WIDE, id="wide heads"),
+    pytest.param(dataclasses.replace(WIDE, window=21), id="wide heads, sliding window"),
+    pytest.param(dataclasses.replace(WIDE, chunk=6), id="wide heads, chunked"),
 ]
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -51,6 +57,7 @@ def compiled_once() -> Iterator[None]:
     """The kernel of a shape serves all tests: compiling takes longer than they do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(llvm_paged, "DecodeAttention", functools.cache(DecodeAttention))
+        patch.setattr(llvm_paged, "PrefillAttention", functools.cache(PrefillAttention))
         yield
 
 
@@ -67,7 +74,7 @@ def test_it_equals_attention_written_out(dtype: torch.dtype, layer: LayerSpec, r
 @pytest.mark.parametrize("window", [0, 21])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_soft_caps_and_sinks_are_honoured(dtype: torch.dtype, window: int, rows: list[tuple[int, int]]) -> None:
-    layer = dataclasses.replace(PLAIN, window=window)
+    layer = dataclasses.replace(WIDE, window=window)
     check(layer, rows, softcap=1.5, dtype=dtype)
     check(layer, rows, sinks=True, dtype=dtype)
     check(layer, rows, softcap=1.5, sinks=True, dtype=dtype)
@@ -78,6 +85,7 @@ def test_soft_caps_and_sinks_are_honoured(dtype: torch.dtype, window: int, rows:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_padding_belongs_to_no_row(dtype: torch.dtype, rows: list[tuple[int, int]]) -> None:
     check(PLAIN, rows, padding=3, dtype=dtype)
+    check(WIDE, rows, padding=3, dtype=dtype)
 
 
 @needs_kernels
@@ -142,4 +150,4 @@ def test_queries_of_another_dtype_than_the_cache(
     rows: list[tuple[int, int]], dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
     query, cache = dtypes
-    check(PLAIN, rows, dtype=cache, query_dtype=query)
+    check(WIDE, rows, dtype=cache, query_dtype=query)

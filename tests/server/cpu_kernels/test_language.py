@@ -428,3 +428,73 @@ def test_a_loop_repeats_while_its_condition_holds(number: int) -> None:
         number = number // 2 if number % 2 == 0 else number * 3 + 1
         expected += 1
     assert out.item() == expected
+
+
+def test_a_matrix_of_bits_is_transposed() -> None:
+    x = torch.arange(16 * 16, dtype=torch.int32).view(16, 16).view(torch.float32)
+    out = torch.zeros(16, 16)
+
+    def write(code: Code) -> None:
+        source, target = code.tensor(1, torch.float32), code.tensor(2, torch.float32)
+        for row, values in enumerate(code.transpose([source.bits(row * LANES) for row in range(LANES)])):
+            target.put_bits(row * LANES, values)
+
+    run(write, x, out)
+    assert torch.equal(out.view(torch.int32), x.view(torch.int32).T)
+
+
+def test_halves_of_two_vectors_are_paired() -> None:
+    low, high = torch.randn(2, 16, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    out = torch.zeros(2, 32, dtype=torch.bfloat16)
+
+    def write(code: Code) -> None:
+        first, second, target = (code.tensor(argument, torch.bfloat16) for argument in (1, 2, 3))
+        target.put_bits(0, code.paired(first.halves(0), second.halves(0)))
+        target.put_bits(32, code.paired(code.no_halves(), second.halves(0)))
+
+    run(write, low, high, out)
+    assert torch.equal(out[0], torch.stack((low, high), 1).flatten())
+    assert torch.equal(out[1], torch.stack((torch.zeros_like(low), high), 1).flatten())
+
+
+@pytest.mark.skipif(not compiler.processor_has("avx512bf16"), reason="the processor has no AVX512-BF16")
+def test_vectors_are_rounded_to_halves() -> None:
+    x = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    out = torch.zeros(32, dtype=torch.bfloat16)
+
+    def write(code: Code) -> None:
+        source, target = code.tensor(1, torch.float32), code.tensor(2, torch.bfloat16)
+        halves = [code.rounded_halves(source.vector(row * LANES)) for row in range(2)]
+        target.put_bits(0, code.paired(*halves))
+
+    run(write, x, out)
+    assert torch.equal(out, x.to(torch.bfloat16).T.flatten())
+
+
+def test_the_floor_of_numbers() -> None:
+    x = torch.tensor([-1.5, -1.0, 0.0, 0.999, 1.0, 7.25, 2.0**24])
+    assert torch.equal(mapped(lambda code, value: code.floor(value), x), x.floor())
+
+
+def test_a_condition_may_differ_from_lane_to_lane() -> None:
+    x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, math.nan])
+
+    def inside(code: Code, value: Value) -> Value:
+        return code.choose((value >= -1).both(value <= 1), value, code.vector(9))
+
+    def numbers(code: Code, value: Value) -> Value:
+        return code.choose(value.is_number(), value, code.vector(9))
+
+    assert mapped(inside, x).tolist() == [9, -1, 0, 1, 9, 9]
+    assert mapped(numbers, x).tolist() == [-2, -1, 0, 1, 2, 9]
+
+
+@pytest.mark.skipif(not compiler.processor_has("avx512f"), reason="the processor has no AVX-512")
+def test_powers_of_two_are_right_to_five_digits() -> None:
+    x = torch.linspace(-126, 100, 100_001)
+    ours = mapped(lambda code, value: code.power_of_two(value), x)
+    torch.testing.assert_close(ours.double(), x.double().exp2(), rtol=1e-5, atol=0)
+    extremes = torch.tensor([0.0, -(2.0**100), -200.0, math.nan])
+    ours = mapped(lambda code, value: code.power_of_two(value), extremes)
+    assert ours[:3].tolist() == pytest.approx([1, 0, 0], rel=1e-5)
+    assert ours[3].isnan()

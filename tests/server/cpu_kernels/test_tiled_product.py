@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from llvmlite import ir
-from text_generation_server.cpu_kernels import compiler, tiled_product
+from text_generation_server.cpu_kernels import compiler, tiled_product, tiles
 from text_generation_server.cpu_kernels.compiler import Kernel, Sequence
 from text_generation_server.cpu_kernels.tiled_product import (
     PANEL,
@@ -298,13 +298,13 @@ def test_what_does_not_fit_into_tiles_is_not_supported(num_outputs: int, num_inp
 
 
 def test_without_tiles_nothing_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled_product, "processor_has", lambda feature: False)
+    monkeypatch.setattr(tiles, "processor_has", lambda feature: False)
     assert not supports(64, 64, torch.bfloat16)
 
 
 def test_tiles_that_the_system_does_not_grant_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiled_product, "processor_has", lambda feature: True)
-    monkeypatch.setattr(tiled_product, "_may_use_tiles", lambda: False)
+    monkeypatch.setattr(tiles, "processor_has", lambda feature: True)
+    monkeypatch.setattr(tiles, "_may_be_used", lambda: False)
     assert not supports(64, 64, torch.bfloat16)
 
 

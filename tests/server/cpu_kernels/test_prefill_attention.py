@@ -1,0 +1,197 @@
+"""Chunks of prompts over a paged cache, against attention written out in float64."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from text_generation_server.attention.torch_paged import first_seen
+from text_generation_server.cpu_kernels import prefill_attention
+from text_generation_server.cpu_kernels.decode_attention import Shape
+from text_generation_server.cpu_kernels.prefill_attention import SEGMENT, PrefillAttention
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(
+    not prefill_attention.supports(1, 32, 32, 16, torch.bfloat16),
+    reason="this processor does not multiply in tiles (AMX)",
+)
+
+PLAIN = Shape(
+    query_heads=4, kv_heads=2, key_dim=32, value_dim=32, block_size=16, dtype=torch.bfloat16, scaling=0.2, softcap=0.0,
+    has_sinks=False,
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class Case:
+    """A step of prompt chunks, everything of it random."""
+
+    chunks: prefill_attention.Chunks
+    queries_HTD: Tensor
+    keys_KSD: Tensor
+    values_KSE: Tensor
+    sinks_H: Tensor | None
+    slots: list[list[int]]
+    """Of each chunk's whole context."""
+    rows: list[tuple[int, int]]
+
+
+@functools.cache
+def compiled(shape: Shape, window: int = 0, chunk: int = 0) -> PrefillAttention:
+    return PrefillAttention(shape, window=window, chunk=chunk)
+
+
+def made(shape: Shape, rows: list[tuple[int, int]], window: int = 0, chunk: int = 0) -> Case:
+    """``rows``: tokens in the cache before the chunk, and those of the chunk. All other slots hold not-a-number."""
+    generator = torch.Generator().manual_seed(0)
+    size = shape.block_size
+    counts = [-(-(cached + new) // size) for cached, new in rows]
+    order = (torch.randperm(sum(counts), generator=generator) + 1).tolist()
+    tables = [[order.pop() for _ in range(count)] for count in counts]
+    slots = [
+        [table[place // size] * size + place % size for place in range(cached + new)]
+        for table, (cached, new) in zip(tables, rows, strict=True)
+    ]
+    num_tokens, num_slots = sum(new for _, new in rows), (sum(counts) + 1) * size
+    heads = shape.query_heads + 3  # as a projection leaves them: between others
+    packed = torch.randn(num_tokens, heads, shape.key_dim, generator=generator).to(shape.dtype)
+    caches = []
+    for width in (shape.key_dim, shape.value_dim):
+        cache = torch.full((shape.kv_heads, num_slots, width), math.nan, dtype=shape.dtype)
+        for places in slots:
+            numbers = torch.randn(shape.kv_heads, len(places), width, generator=generator)
+            cache[:, places] = numbers.to(shape.dtype)
+        caches.append(cache)
+    firsts = [
+        [first_seen(position, window, chunk) for position in range(cached, cached + new, 16)] for cached, new in rows
+    ]
+    contexts = [cached + new for cached, new in rows]
+    chunks = prefill_attention.plan_chunks(tables, [new for _, new in rows], contexts, firsts, size)
+    sinks = torch.randn(shape.query_heads, generator=generator) if shape.has_sinks else None
+    queries = packed[:, 1 : 1 + shape.query_heads].transpose(0, 1)
+    return Case(chunks, queries, caches[0], caches[1], sinks, slots, rows)
+
+
+def attended(shape: Shape, case: Case, window: int = 0, chunk: int = 0) -> Tensor:
+    out = torch.full((case.queries_HTD.shape[1], shape.query_heads, shape.value_dim), 7.0, dtype=shape.dtype)
+    kernel = compiled(shape, window, chunk)
+    kernel(case.chunks, case.queries_HTD, case.keys_KSD, case.values_KSE, out, case.sinks_H)
+    return out
+
+
+def obvious(shape: Shape, case: Case, window: int = 0, chunk: int = 0) -> Tensor:
+    outputs, token = [], 0
+    for places, (cached, new) in zip(case.slots, case.rows, strict=True):
+        keys = case.keys_KSD[:, places].double().repeat_interleave(shape.group, 0)
+        values = case.values_KSE[:, places].double().repeat_interleave(shape.group, 0)
+        for position in range(cached, cached + new):
+            seen = slice(first_seen(position, window, chunk), position + 1)
+            scores = (keys[:, seen] @ case.queries_HTD[:, token, :, None].double())[..., 0] * shape.scaling
+            if shape.softcap:
+                scores = shape.softcap * torch.tanh(scores / shape.softcap)
+            if case.sinks_H is not None:
+                scores = torch.cat((scores, case.sinks_H.double()[:, None]), -1)
+            weights = scores.softmax(-1)[:, : position + 1 - seen.start]
+            outputs.append((weights[:, None] @ values[:, seen])[:, 0])
+            token += 1
+    return torch.stack(outputs)
+
+
+def check(shape: Shape, rows: list[tuple[int, int]], window: int = 0, chunk: int = 0) -> None:
+    case = made(shape, rows, window, chunk)
+    ours, expected = attended(shape, case, window, chunk).double(), obvious(shape, case, window, chunk)
+    errors = (ours - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert errors.max() < 0.02, "weights and results are rounded to bfloat16"
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([(0, 1)], id="one token"),
+        pytest.param([(0, 16)], id="one part"),
+        pytest.param([(0, 17)], id="a part of one query"),
+        pytest.param([(0, 40), (0, 3), (0, 16)], id="several prompts"),
+        pytest.param([(5, 20), (18, 3), (32, 32), (0, 5)], id="continued chunks"),
+        pytest.param([(SEGMENT - 3, 7)], id="over the edge of a segment"),
+        pytest.param([(3 * SEGMENT + 5, 30), (0, 2 * SEGMENT)], id="many segments"),
+    ],
+)
+@pytest.mark.parametrize("block_size", [16, 32])
+def test_chunks(rows: list[tuple[int, int]], block_size: int) -> None:
+    check(replace(PLAIN, block_size=block_size), rows)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"query_heads": 3, "kv_heads": 3}, id="a query head each"),
+        pytest.param({"query_heads": 9, "kv_heads": 3, "key_dim": 64, "value_dim": 64}, id="three"),
+        pytest.param({"query_heads": 14, "kv_heads": 1}, id="fourteen of one"),
+        pytest.param({"key_dim": 192, "value_dim": 128}, id="wide heads"),
+        pytest.param({"key_dim": 96, "value_dim": 48}, id="narrow values"),
+        pytest.param({"softcap": 3.0, "scaling": 1.0}, id="capped"),
+        pytest.param({"has_sinks": True}, id="sinks"),
+    ],
+)
+def test_shapes_of_heads(changes: dict[str, float]) -> None:
+    check(replace(PLAIN, **changes), [(300, 20), (0, 35)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("window", "chunk"), [(1, 0), (5, 0), (16, 0), (40, 0), (300, 0), (0, 8), (0, 100), (0, 16)])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_queries_see_their_window_or_their_chunk(window: int, chunk: int, has_sinks: bool) -> None:
+    check(replace(PLAIN, has_sinks=has_sinks), [(0, 60), (333, 50), (90, 1)], window, chunk)
+
+
+def test_a_prompt_is_the_same_alone_and_among_others_and_in_one_piece_or_several() -> None:
+    together = made(PLAIN, [(0, 100), (50, 30)])
+    whole = attended(PLAIN, together)[:100]
+    for first, count in ((0, 48), (48, 52)):  # cut where parts begin: the same 16 queries share a unit
+        table = together.chunks.tables_RB[:1].tolist()
+        firsts = [[0] * -(-count // 16)]
+        chunks = prefill_attention.plan_chunks(table, [count], [first + count], firsts, 16)
+        queries = together.queries_HTD[:, first : first + count]
+        piece = replace(together, chunks=chunks, queries_HTD=queries)
+        assert torch.equal(attended(PLAIN, piece), whole[first : first + count])
+
+
+def test_not_a_number_stays_with_its_query() -> None:
+    case = made(PLAIN, [(0, 40)])
+    clean = attended(PLAIN, case)
+    queries = case.queries_HTD.clone()
+    queries[1, 20, 3] = math.nan
+    broken = attended(PLAIN, replace(case, queries_HTD=queries))
+    assert broken[20, 1].isnan().all()
+    broken[20, 1] = clean[20, 1]
+    assert torch.equal(broken, clean)
+
+
+def test_not_a_number_among_the_keys_reaches_all_who_see_it() -> None:
+    case = made(PLAIN, [(0, 40)])
+    clean = attended(PLAIN, case)
+    case.keys_KSD[0, case.slots[0][30]] = math.nan
+    broken = attended(PLAIN, case)
+    assert broken[30:, :2].isnan().all()
+    assert torch.equal(broken[:30], clean[:30])
+    assert torch.equal(broken[:, 2:], clean[:, 2:])
+
+
+@pytest.mark.parametrize(
+    ("group", "key_dim", "value_dim", "block_size", "dtype", "is_known"),
+    [
+        pytest.param(4, 64, 48, 32, torch.bfloat16, True, id="whole tiles"),
+        pytest.param(4, 48, 48, 32, torch.bfloat16, False, id="half a tile of keys"),
+        pytest.param(4, 64, 40, 32, torch.bfloat16, False, id="half a tile of values"),
+        pytest.param(4, 64, 64, 8, torch.bfloat16, False, id="blocks of half a tile"),
+        pytest.param(4, 64, 64, 16, torch.float32, False, id="float32"),
+        pytest.param(48, 128, 128, 16, torch.bfloat16, True, id="many heads of one"),
+        pytest.param(128, 576, 512, 16, torch.bfloat16, False, id="more than a stack holds"),
+    ],
+)
+def test_what_is_known(
+    group: int, key_dim: int, value_dim: int, block_size: int, dtype: torch.dtype, is_known: bool
+) -> None:
+    assert prefill_attention.supports(group, key_dim, value_dim, block_size, dtype) == is_known
