@@ -37,6 +37,15 @@ class Plan:
     """Of prompt chunks where there is no kernel for them."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Kernels:
+    """Of layers of one kind."""
+
+    decode: DecodeAttention
+    prefill: PrefillAttention | None
+    """None: prompt chunks are torch's."""
+
+
 class LlvmPaged:
     """Raises: Unsupported where the kernel cannot be compiled, or does not know what the layers want."""
 
@@ -64,8 +73,7 @@ class LlvmPaged:
         self._torch = (
             None if has_kernel else TorchPaged(layers=layers, block_size=block_size, dtype=dtype, device=device)
         )
-        self._decode_kernels: dict[Shape, DecodeAttention] = {}
-        self._prefill_kernels: dict[tuple[Shape, int, int], PrefillAttention] = {}
+        self._kernels: dict[tuple[LayerSpec, float, float, bool], _Kernels] = {}
 
     def prepare(self, inputs: ForwardInputs) -> Plan:
         num_rows = inputs.num_decode_rows
@@ -122,13 +130,10 @@ class LlvmPaged:
         if query_HTD.shape[1] > plan.num_tokens:
             out_THE[plan.num_tokens :] = 0  # not what lay there: it may be not-a-number
         sight = layer.window, layer.chunk
-        shape = Shape(
-            layer.query_heads, layer.kv_heads, layer.key_dim, layer.value_dim, self.block_size, self.dtype,
-            scaling, softcap, sinks_H is not None,
-        )  # fmt: skip
+        kernels = self._kernels_of(layer, scaling, softcap, sinks_H is not None)
         sinks_H = None if sinks_H is None else sinks_H.float().contiguous()
         if rows:
-            self._decode_kernel(shape)(
+            kernels.decode(
                 plan.rows[sight], plan.slots_T, query_HTD, key_KTD, value_KTE, cache.keys_KSD, cache.values_KSE,
                 out_THE, sinks_H,
             )  # fmt: skip
@@ -141,23 +146,26 @@ class LlvmPaged:
         elif plan.chunks:
             cache_write.write(key_KTD[:, rows:], cache.keys_KSD, plan.slots_T[rows:])
             cache_write.write(value_KTE[:, rows:], cache.values_KSE, plan.slots_T[rows:])
-            self._prefill_kernel(shape, *sight)(
+            assert kernels.prefill is not None
+            kernels.prefill(
                 plan.chunks[sight], query_HTD[:, rows:], cache.keys_KSD, cache.values_KSE, out_THE[rows:], sinks_H
             )
         return out_THE.to(dtype)
 
-    def _decode_kernel(self, shape: Shape) -> DecodeAttention:
-        kernel = self._decode_kernels.get(shape)
-        if kernel is None:
-            kernel = self._decode_kernels[shape] = DecodeAttention(shape)
-        return kernel
-
-    def _prefill_kernel(self, shape: Shape, window: int, chunk: int) -> PrefillAttention:
-        kernel = self._prefill_kernels.get((shape, window, chunk))
-        if kernel is None:
-            kernel = PrefillAttention(shape, window=window, chunk=chunk)
-            self._prefill_kernels[shape, window, chunk] = kernel
-        return kernel
+    def _kernels_of(self, layer: LayerSpec, scaling: float, softcap: float, has_sinks: bool) -> _Kernels:
+        key = layer, scaling, softcap, has_sinks
+        kernels = self._kernels.get(key)
+        if kernels is None:
+            shape = Shape(
+                layer.query_heads, layer.kv_heads, layer.key_dim, layer.value_dim, self.block_size, self.dtype,
+                scaling, softcap, has_sinks,
+            )  # fmt: skip
+            has_prefill = self._torch is None
+            kernels = self._kernels[key] = _Kernels(
+                DecodeAttention(shape),
+                PrefillAttention(shape, window=layer.window, chunk=layer.chunk) if has_prefill else None,
+            )
+        return kernels
 
     def _readable(self, heads: Tensor) -> Tensor:
         """Of the cache's dtype, and each token's numbers in one place."""

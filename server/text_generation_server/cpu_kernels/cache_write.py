@@ -7,19 +7,15 @@ import functools
 import torch
 from torch import Tensor
 
+from text_generation_server.cpu_kernels import paging
 from text_generation_server.cpu_kernels.compiler import Kernel, new_code
-from text_generation_server.cpu_kernels.language import DTYPES, LANES
 
 TOKENS_PER_UNIT = 16
 
 
-def supports(width: int, dtype: torch.dtype) -> bool:
-    return width % LANES == 0 and dtype in DTYPES
-
-
 def write(heads_KTD: Tensor, cache_KSD: Tensor, slots_T: Tensor) -> None:
     """Copy each token's keys, or values, to its slot. The last dimension of ``heads_KTD`` is contiguous; it has a token
-    for each of ``slots_T`` (int64), or more."""
+    for each of ``slots_T`` (int64), or more. For heads that ``decode_attention.supports``."""
     num_heads, num_slots, width = cache_KSD.shape
     num_tokens = slots_T.shape[0]
     _kernel(width, cache_KSD.dtype)(
@@ -44,7 +40,5 @@ def _kernel(width: int, dtype: torch.dtype) -> Kernel:
         first = unit * TOKENS_PER_UNIT
         with code.loop(num_heads) as head, code.loop(code.smaller(first + TOKENS_PER_UNIT, num_tokens), first) as token:
             numbers = source + (head * head_stride + token * token_stride)
-            target = cache + (head * num_slots + slots[token]) * width
-            for place in range(0, width, LANES):
-                target.put(place, numbers.vector(place))
+            paging.copy(numbers, cache + (head * num_slots + slots[token]) * width, width)
     return Kernel(code, num_arguments=8)

@@ -157,11 +157,14 @@ def _openmp() -> ctypes.CDLL:
     if platform.system() != "Linux":
         raise Unavailable(f"threads on {platform.system()} are not known here")
     torch.get_num_threads()  # torch, and so its OpenMP, is loaded
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
-        path = line.rpartition(" ")[2]
-        if Path(path).name.startswith("libgomp"):
-            return ctypes.CDLL(path)
-    raise Unavailable("this torch does not compute with GNU's OpenMP")
+    mapped = (Path(line.rpartition(" ")[2]) for line in Path("/proc/self/maps").read_text("utf-8").splitlines())
+    found = {path for path in mapped if path.name.startswith("libgomp")}
+    if not found:
+        raise Unavailable("this torch does not compute with GNU's OpenMP")
+    # Another library may bring one too, with a team of its own. torch's lies in torch/lib, or beside it in torch.libs.
+    home = Path(torch.__file__).parent
+    own = [path for path in found if path.is_relative_to(home) or path.parent == home.with_name("torch.libs")]
+    return ctypes.CDLL(str((own or sorted(found))[0]))
 
 
 @functools.cache

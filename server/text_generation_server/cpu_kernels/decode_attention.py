@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from text_generation_server.cpu_kernels import paging
 from text_generation_server.cpu_kernels.compiler import Kernel, new_code
 from text_generation_server.cpu_kernels.language import DTYPES, LANES, Code, Pointer, Value
 
@@ -64,7 +64,7 @@ class Rows:
     parts_U5: Tensor
     """int64, see ``PART_FIELDS``."""
     tables_RB: Tensor
-    """int64 block ids; unused columns are 0."""
+    """See ``paging.padded_tables``."""
 
 
 def plan_rows(block_tables: Sequence[list[int]], firsts: Sequence[int], stops: Sequence[int], block_size: int) -> Rows:
@@ -74,12 +74,7 @@ def plan_rows(block_tables: Sequence[list[int]], firsts: Sequence[int], stops: S
         edges = [first, *range((first // SEGMENT + 1) * SEGMENT, stop, SEGMENT), stop]
         count = len(edges) - 1
         parts += [(row, edges[index], edges[index + 1], index, count) for index in range(count)]
-    width = -(-max(stops) // block_size)
-    tables = np.zeros((len(stops), width), dtype=np.int64)
-    for row, table in enumerate(block_tables):
-        used = table[:width]
-        tables[row, : len(used)] = used
-    return Rows(torch.tensor(parts), torch.from_numpy(tables))
+    return Rows(torch.tensor(parts), paging.padded_tables(block_tables, max(stops), block_size))
 
 
 class DecodeAttention:
@@ -167,9 +162,7 @@ def _write(code: Code, shape: Shape, head: Value, row: Value, slot: Value) -> No
     for argument, cache, width in ((9, 15, shape.key_dim), (12, 16, shape.value_dim)):
         source = code.tensor(argument, shape.dtype)
         source += head * code.arguments[argument + 1] + row * code.arguments[argument + 2]
-        target = code.tensor(cache, shape.dtype) + (head * num_slots + slot) * width
-        for place in range(0, width, LANES):
-            target.put(place, source.vector(place))
+        paging.copy(source, code.tensor(cache, shape.dtype) + (head * num_slots + slot) * width, width)
 
 
 class _Part:
@@ -227,9 +220,7 @@ class _Part:
                 self._merge(unit - index * shape.kv_heads, count)
 
     def _slot(self, tile: Value) -> Value:
-        """Where the keys of a tile, a 16th part of the positions, begin in the cache."""
-        tiles_per_block = self.shape.block_size // LANES
-        return (self.table[tile // tiles_per_block] * tiles_per_block + tile % tiles_per_block) * LANES
+        return paging.first_slot(self.table, tile, self.shape.block_size)
 
     def _place(self, tile: Value) -> Value:
         """Where its scores are."""

@@ -116,17 +116,9 @@ class Value:
     def __ge__(self, other: Value | Number) -> Value:
         return self._compared(">=", other)
 
-    def is_number(self) -> Value:
-        """Lane by lane, or of a float32."""
-        return Value(self.code, self.code.builder.fcmp_ordered("ord", self.ir, self.ir))
-
     def both(self, other: Value) -> Value:
         """Of truth values."""
         return Value(self.code, self.code.builder.and_(self.ir, other.ir))
-
-    def either(self, other: Value) -> Value:
-        """Of truth values."""
-        return Value(self.code, self.code.builder.or_(self.ir, other.ir))
 
     def equals(self, other: Value | Number) -> Value:
         return self._compared("==", other)

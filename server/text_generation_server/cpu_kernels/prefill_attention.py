@@ -15,11 +15,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from text_generation_server.cpu_kernels import tiles
+from text_generation_server.cpu_kernels import paging, tiles
 from text_generation_server.cpu_kernels.compiler import Kernel, new_code
 from text_generation_server.cpu_kernels.decode_attention import Shape
 from text_generation_server.cpu_kernels.language import LANES, Code, Pointer, Value
@@ -53,7 +52,7 @@ class Chunks:
     parts_U5: Tensor
     """int64, see ``PART_FIELDS``."""
     tables_RB: Tensor
-    """int64 block ids; unused columns are 0."""
+    """See ``paging.padded_tables``."""
 
 
 def plan_chunks(
@@ -73,11 +72,7 @@ def plan_chunks(
             parts.append((row, token + first, min(LANES, count - first), position, first_seen[row][part]))
         token += count
     parts.sort(key=lambda part: part[4] - part[3])  # the longest first: what is left at the end is short
-    tables = np.zeros((len(context_lens), -(-max(context_lens) // block_size)), dtype=np.int64)
-    for row, table in enumerate(block_tables):
-        used = table[: tables.shape[1]]
-        tables[row, : len(used)] = used
-    return Chunks(torch.tensor(parts), torch.from_numpy(tables))
+    return Chunks(torch.tensor(parts), paging.padded_tables(block_tables, max(context_lens), block_size))
 
 
 class PrefillAttention:
@@ -207,10 +202,9 @@ class _Part:
                 self.query_pairs.put_bits((each * self.key_steps + step) * NUMBERS + pair * STEP, upright)
 
     def _slot(self, tile: Value) -> Value:
-        """Where the 16 tokens of a tile begin in the cache; of the last tile if there is no such."""
-        tile = self.code.smaller(tile, (self.stop - 1) // LANES)
-        tiles_per_block = self.shape.block_size // LANES
-        return (self.table[tile // tiles_per_block] * tiles_per_block + tile % tiles_per_block) * LANES
+        """Of the last tile if there is no such."""
+        existing = self.code.smaller(tile, (self.stop - 1) // LANES)
+        return paging.first_slot(self.table, existing, self.shape.block_size)
 
     def _load_values(self, begin: Value, step: Value) -> None:
         """32 tokens' values as tiles of pairs of tokens. Those that are not seen are 0: they may be not-a-number."""

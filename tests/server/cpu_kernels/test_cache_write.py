@@ -19,9 +19,3 @@ def test_tokens_go_to_their_slots_and_nowhere_else(num_heads: int, num_tokens: i
     expected[:, slots] = heads[:, :num_tokens]
     cache_write.write(heads, cache, slots)
     assert torch.equal(cache, expected)
-
-
-def test_which_widths_are_known() -> None:
-    assert cache_write.supports(48, torch.float16)
-    assert not cache_write.supports(40, torch.float16)
-    assert not cache_write.supports(48, torch.float64)

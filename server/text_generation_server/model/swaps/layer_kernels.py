@@ -18,7 +18,7 @@ from text_generation_server.cpu_kernels.compiler import Sequence
 from text_generation_server.cpu_kernels.tiled_product import TiledProduct
 from text_generation_server.model import bridge
 from text_generation_server.model.swaps.attention import FusedAttention
-from text_generation_server.model.swaps.linears import tiled
+from text_generation_server.model.swaps.linears import TiledLinear, plain_weights, tiles
 from text_generation_server.model.swaps.mlp import GatedMLP, PackedMLP
 from text_generation_server.model.swaps.norms import FastRMSNorm
 
@@ -68,10 +68,10 @@ class LayerKernels:
             return None
         if first.kernel_weight is None or second.kernel_weight is None:
             return None
-        products = [tiled(each) for each in (attention.qkv, attention.out, mlp.down)]
-        qkv, out, down = products
-        if qkv is None or out is None or down is None:
-            return None
+        plain = [plain_weights(each) for each in (attention.qkv, attention.out, mlp.down)]
+        if any(weights is None or not tiles(weights[0]) for weights in plain):
+            return None  # before any is packed: that is a copy
+        qkv, out, down = (TiledLinear(*weights) for weights in plain if weights is not None)
         attention.qkv, attention.out, mlp.down = qkv, out, down
         return cls((first, second), attention, qkv.product, out.sum, mlp.gated, down.sum)
 

@@ -97,15 +97,8 @@ class TiledLinear(FusingLinear):
         return self.sum(x, addend)
 
 
-def tiled(module: nn.Module) -> TiledLinear | None:
-    """The same layer by our kernel, if it is a plain one of a shape that the kernel takes."""
-    weights = plain_weights(module)
-    if weights is None or not tiles(weights[0]):
-        return None
-    return TiledLinear(*weights)
-
-
 def tiles(weight: Tensor) -> bool:
+    """Whether our kernel takes a weight of this shape."""
     num_outputs, num_inputs = weight.shape
     return weight.device.type == "cpu" and tiled_product.supports(num_outputs, num_inputs, weight.dtype)
 
@@ -140,13 +133,14 @@ def can_pack(weight: Tensor) -> bool:
 
 def pack(module: nn.Module, *, with_kernels: bool) -> nn.Module | None:
     """The faster equal of a plain linear layer; ``with_kernels`` allows ours."""
-    own = tiled(module) if with_kernels else None
-    if own is not None:
-        return own
     weights = plain_weights(module)
-    if weights is None or not can_pack(weights[0]):
+    if weights is None:
         return None
     weight, bias = weights
+    if with_kernels and tiles(weight):
+        return TiledLinear(weight, bias)
+    if not can_pack(weight):
+        return None
     return PackedLinear(weight.contiguous(), bias)
 
 

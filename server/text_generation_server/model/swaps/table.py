@@ -86,12 +86,11 @@ def apply(
         if "linears" not in left_out:
             # Only layers that are called: of others the model reads the weight itself.
             called = _record(model, [module for module in model.modules() if linears.plain_weights(module)], run)
-            counts["linears"] = _replace(
-                model,
-                lambda module: (
-                    linears.pack(module, with_kernels="kernels" not in left_out) if module in called else None
-                ),
-            )
+
+            def packed(module: nn.Module) -> nn.Module | None:
+                return linears.pack(module, with_kernels="kernels" not in left_out) if module in called else None
+
+            counts["linears"] = _replace(model, packed)
     gc.collect()
     logger.info("swapped modules: %s", ", ".join(f"{count} {name}" for name, count in counts.items() if count))
     return counts
