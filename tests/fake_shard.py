@@ -23,8 +23,9 @@ class EchoSequence:
     """Output i is prompt token i (around and around)."""
 
     new: pb.NewSequence
+    token_ids: list[int]
     blocks: list[int]
-    num_computed: int = 0
+    num_computed: int
     num_outputs: int = 0
     failed: bool = False
 
@@ -56,6 +57,8 @@ class FakeShard(TextGenerationServicer):
     sequences: dict[int, EchoSequence] = field(default_factory=dict)
     warmups: list[pb.WarmupRequest] = field(default_factory=list)
     num_steps: int = 0
+    kv: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """What each slot holds of a token depends on it and on all before it: so here they are."""
 
     async def Info(self, request: pb.InfoRequest, context: Any) -> pb.InfoResponse:
         return pb.InfoResponse(
@@ -93,6 +96,7 @@ class FakeShard(TextGenerationServicer):
         assert request.epoch > self.epoch
         self.epoch = request.epoch
         self.sequences.clear()
+        self.kv.clear()
         return pb.ClearCacheResponse()
 
     async def Steps(self, requests: AsyncIterator[pb.StepRequest], context: Any) -> AsyncIterator[pb.StepResult]:
@@ -116,7 +120,10 @@ class FakeShard(TextGenerationServicer):
         for sequence_id in step.drops:
             self.sequences.pop(sequence_id, None)
         for new in step.prefill.new_sequences:
-            self.sequences[new.sequence_id] = EchoSequence(new, list(new.blocks))
+            assert new.num_cached_tokens < len(new.token_ids)
+            self.sequences[new.sequence_id] = EchoSequence(
+                new, list(new.token_ids), list(new.blocks), new.num_cached_tokens
+            )
         for chunk in step.prefill.chunks:
             self._prefill(chunk, result)
         for addition in step.decode.additions:
@@ -126,9 +133,8 @@ class FakeShard(TextGenerationServicer):
             if sequence.failed:
                 continue
             assert sequence.num_computed >= len(sequence.new.token_ids)
-            sequence.num_computed += 1
+            self._compute(sequence, 1)
             self._yield_token(sequence, result)
-        self._check_blocks()
         result.timings.num_prefill_tokens = sum(chunk.num_tokens for chunk in step.prefill.chunks)
         result.timings.num_decode_rows = len(step.decode.sequence_ids)
         if self.rank:
@@ -138,8 +144,8 @@ class FakeShard(TextGenerationServicer):
     def _prefill(self, chunk: pb.Chunk, result: pb.StepResult) -> None:
         sequence = self.sequences[chunk.sequence_id]
         first = sequence.num_computed
-        sequence.num_computed += chunk.num_tokens
         sequence.blocks += chunk.new_blocks
+        self._compute(sequence, chunk.num_tokens)
         assert sequence.num_computed <= len(sequence.new.token_ids)
         if self.poisoned_token in sequence.new.token_ids:
             result.failures.add(sequence_id=chunk.sequence_id, message="poisoned")
@@ -158,6 +164,18 @@ class FakeShard(TextGenerationServicer):
                 float("nan") if i == 0 else -float(i) for i in range(first, sequence.num_computed)
             )
 
+    def _compute(self, sequence: EchoSequence, num_tokens: int) -> None:
+        ids, size = sequence.token_ids, self.block_size
+        slots = [block * size + place for block in sequence.blocks for place in range(size)]
+        before, stop = sequence.num_computed, sequence.num_computed + num_tokens
+        assert stop <= len(slots), "a token without a slot"
+        assert all(0 < block <= self.num_blocks for block in sequence.blocks)
+        for position in range(before):
+            assert self.kv.get(slots[position]) == tuple(ids[: position + 1]), "another's keys and values"
+        for position in range(before, stop):
+            self.kv[slots[position]] = tuple(ids[: position + 1])
+        sequence.num_computed = stop
+
     def _yield_token(self, sequence: EchoSequence, result: pb.StepResult) -> pb.Generation:
         new = sequence.new
         token_id = new.token_ids[sequence.num_outputs % new.num_prompt_tokens]
@@ -168,14 +186,8 @@ class FakeShard(TextGenerationServicer):
             ids = range(token_id, token_id + new.top_n_tokens)
             generation.top_tokens.add(ids=ids, logprobs=[-0.5 - i for i in range(len(ids))])
         sequence.num_outputs += 1
+        sequence.token_ids.append(token_id)
         return generation
-
-    def _check_blocks(self) -> None:
-        owned = [block for sequence in self.sequences.values() for block in sequence.blocks]
-        assert len(owned) == len(set(owned)), "a block has two owners"
-        assert all(0 < block <= self.num_blocks for block in owned)
-        for sequence in self.sequences.values():
-            assert sequence.num_computed <= len(sequence.blocks) * self.block_size, "a token without a slot"
 
 
 @contextlib.asynccontextmanager

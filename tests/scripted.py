@@ -57,6 +57,7 @@ def finished(text: str, num_tokens: int, queued: QueuedRequest, reason: FinishRe
         generated_tokens=num_tokens,
         seed=sampling.seed if sampling.do_sample else None,
         input_length=queued.num_prompt_tokens,
+        cached_tokens=0,
         timings=RequestTimings(validation_s=0.001, queue_s=0.002, inference_s=0.3, total_s=0.303),
     )
 

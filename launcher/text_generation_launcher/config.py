@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from text_generation_launcher.devices import Devices
-from text_generation_launcher.environment import FALSE, address, invalid_hostname
+from text_generation_launcher.environment import FALSE, TRUE, address, invalid_hostname
 from text_generation_launcher.errors import ArgumentValidation, NotEnoughCUDADevices
 from text_generation_launcher.flags import OTLP_SERVICE_NAME, Flags, Switch
 
@@ -22,7 +22,6 @@ REFUSED = {
     "speculate": ("0",),
     "kv_cache_dtype": (),
     "cuda_graphs": ("0",),
-    "prefix_caching": tuple(FALSE),
     "rope_scaling": (),
     "rope_factor": (),
     "otlp_endpoint": (),
@@ -66,6 +65,7 @@ class LauncherConfig:
     attention: str | None
     master_port: int | None
     """None where none was given; one shard alone needs none."""
+    prefix_caching: bool
     compute_type: str
     """Of the header x-compute-type: ``{num_shard}-{card}``."""
     warnings: tuple[str, ...] = ()
@@ -92,6 +92,7 @@ def resolve(flags: Flags, devices: Devices) -> LauncherConfig:
         max_input_tokens=max_input_tokens,
         attention=_attention(flags),
         master_port=flags.master_port,
+        prefix_caching=_prefix_caching(flags),
         compute_type=f"{num_shard}-{devices.card or 'cpu'}",
         warnings=warnings,
     )
@@ -173,6 +174,13 @@ def _attention(flags: Flags) -> str | None:
             f"`--disable-custom-kernels` and `--attention {flags.attention}` contradict each other"
         )
     return "torch"
+
+
+def _prefix_caching(flags: Flags) -> bool:
+    word = (flags.prefix_caching or "true").strip().lower()
+    if word not in TRUE | FALSE:
+        raise ArgumentValidation(f"`prefix_caching` must be true or false. Given: {flags.prefix_caching}")
+    return word in TRUE
 
 
 def _hostname(hostname: str) -> tuple[str, tuple[str, ...]]:

@@ -204,7 +204,8 @@ class Flags:
     kv_cache_dtype: Annotated[str | None, later("--kv-cache-dtype", "Number type of the KV cache.")] = None
     cuda_graphs: Annotated[str | None, later("--cuda-graphs", "Batch sizes to capture; 0 is accepted.")] = None
     prefix_caching: Annotated[
-        str | None, later("--prefix-caching", "Reuse the KV cache of equal beginnings; 0 is accepted.")
+        str | None,
+        option("--prefix-caching", help="Compute equal beginnings of prompts once; on unless 0.", metavar="BOOL"),
     ] = None
     rope_scaling: Annotated[str | None, later("--rope-scaling", "Linear or dynamic position scaling.")] = None
     rope_factor: Annotated[str | None, later("--rope-factor", "Its factor.")] = None

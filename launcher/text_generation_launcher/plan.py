@@ -135,7 +135,7 @@ def _shard(config: LauncherConfig, launch: Launch, rank: int) -> ProcessSpec:
         "MASTER_ADDR": flags.master_addr,
         "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
         "CUDA_MEMORY_FRACTION": str(flags.cuda_memory_fraction),
-        "PREFIX_CACHING": "0",
+        "PREFIX_CACHING": "1" if config.prefix_caching else "0",
         "GLIBC_TUNABLES": _tunables(launch.environ),
     }
     optional = {
@@ -167,6 +167,7 @@ def _router(config: LauncherConfig, launch: Launch) -> ProcessSpec:
         *("--hostname", config.hostname, "--master-shard-uds-path", f"{launch.uds_path}-0"),
         *_given("--max-input-tokens", config.max_input_tokens),
         *to_argv(flags, ROUTER_FLAGS),
+        "--prefix-caching" if config.prefix_caching else "--no-prefix-caching",
         "--json-output",
     )
     env = _base_env(launch)

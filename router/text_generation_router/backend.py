@@ -16,6 +16,7 @@ from text_generation_router.metrics import Metrics
 from text_generation_router.scheduling.batcher import Batcher
 from text_generation_router.scheduling.blocks import BlockAllocator
 from text_generation_router.scheduling.budget import BatchLimits
+from text_generation_router.scheduling.leases import Leases
 from text_generation_router.scheduling.queue import admission_hold
 from text_generation_router.scheduling.steps import StepScheduler
 from text_generation_router.shards import group
@@ -72,7 +73,7 @@ async def start_backend(flags: RouterFlags) -> AsyncIterator[Backend]:
         )
         scheduler = StepScheduler(
             BatchLimits(max_batch_prefill_tokens=config.max_batch_prefill_tokens, max_batch_size=config.max_batch_size),
-            BlockAllocator(warmed.num_blocks, info.block_size),
+            Leases(BlockAllocator(warmed.num_blocks, info.block_size), prefix_caching=flags.prefix_caching),
             admission_hold(flags.waiting_served_ratio, flags.max_waiting_tokens),
         )
         detokenizer = Detokenizer(tokenizer.tokenizer, tokenizer.special_ids)

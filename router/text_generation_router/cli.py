@@ -42,6 +42,7 @@ HELP = {
     "payload_limit": "Largest body of a request in bytes.",
     "disable_grammar_support": "Refuse requests with a grammar.",
     "graceful_termination_timeout": "Seconds that running requests get when the server is told to stop.",
+    "prefix_caching": "Compute equal beginnings of prompts once.",
 }
 """The flags that people give. Fields of `RouterFlags` that are missing here are for the launcher and are not shown."""
 
@@ -99,8 +100,9 @@ def _command(context: typer.Context, version: bool, **flags: Any) -> None:
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     """The command-line option for one field of `RouterFlags`."""
     is_list = field.name == "cors_allow_origin"
+    name = field.name.replace("_", "-")
     option = typer.Option(
-        "--" + field.name.replace("_", "-"),
+        f"--{name}/--no-{name}" if field.default is True else f"--{name}",
         *([SHORT[field.name]] if field.name in SHORT else []),
         envvar=ENVIRONMENT.get(field.name, field.name.upper()),
         help=HELP.get(field.name),

@@ -41,6 +41,7 @@ class RouterFlags:
     payload_limit: int = 2_000_000
     disable_grammar_support: bool = False
     graceful_termination_timeout: int = 90
+    prefix_caching: bool = True
     compute_type: str = "gpu+optimized"
     launcher_nonce: str = ""
     git_sha: str | None = None

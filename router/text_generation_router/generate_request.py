@@ -51,6 +51,18 @@ class GenerateParameters(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError(f"Expected `int` <= {_U64_MAX} for `{name}`")
 
 
+class Caller(msgspec.Struct, frozen=True):
+    """What comes with a request beside its body."""
+
+    traceparent: str = ""
+    """W3C trace context, empty when there is none."""
+    cache_salt: bytes = b""
+    """Only callers with the same one share computed prompts."""
+
+
+NOBODY = Caller()
+
+
 class GenerateRequest(msgspec.Struct, frozen=True):
     """What every generating route asks of the router, whatever its body looks like."""
 

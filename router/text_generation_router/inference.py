@@ -11,7 +11,7 @@ from typing import Self
 
 from text_generation_router.config import Limits
 from text_generation_router.errors import IncompleteGeneration, Overloaded, RouterError, ShuttingDown
-from text_generation_router.generate_request import GenerateRequest
+from text_generation_router.generate_request import NOBODY, Caller, GenerateRequest
 from text_generation_router.metrics import Metrics
 from text_generation_router.scheduling.batcher import Batcher
 from text_generation_router.scheduling.requests import (
@@ -139,15 +139,15 @@ class Inference:
         """Whether a request sent now would be served: the shards make progress and nothing drains."""
         return not self.draining and self._batcher.ready()
 
-    async def stream(self, request: GenerateRequest, *, traceparent: str = "") -> Generation:
+    async def stream(self, request: GenerateRequest, caller: Caller = NOBODY) -> Generation:
         """Start a generation whose events are read one by one.
 
         Raises: ShuttingDown, Overloaded (before anything is validated), ValidationError. Never waits for a token.
         """
         check_shape(request, self.limits, streaming=True)
-        return await self._start(request, traceparent)
+        return await self._start(request, caller)
 
-    async def generate(self, request: GenerateRequest, *, traceparent: str = "") -> GenerationResult:
+    async def generate(self, request: GenerateRequest, caller: Caller = NOBODY) -> GenerationResult:
         """Run a request to its end; with ``best_of`` several generations at once, each with a permit of its own.
 
         Raises: RouterError. When one generation fails the others are cancelled.
@@ -155,12 +155,12 @@ class Inference:
         check_shape(request, self.limits, streaming=False)
         copies = max(request.parameters.best_of or 1, 1)
         if copies == 1:
-            choices = [await self._complete(request, traceparent)]
+            choices = [await self._complete(request, caller)]
         else:
             tasks: list[asyncio.Task[Choice]] = []
             try:
                 async with asyncio.TaskGroup() as group:
-                    tasks += [group.create_task(self._complete(request, traceparent)) for _ in range(copies)]
+                    tasks += [group.create_task(self._complete(request, caller)) for _ in range(copies)]
             except* RouterError as errors:
                 raise _first_error(errors) from None
             choices = [task.result() for task in tasks]
@@ -174,11 +174,11 @@ class Inference:
             generated_tokens=best.finished.generated_tokens,
         )
 
-    async def _complete(self, request: GenerateRequest, traceparent: str) -> Choice:
+    async def _complete(self, request: GenerateRequest, caller: Caller) -> Choice:
         tokens: list[Token] = []
         top_tokens: list[list[Token]] = []
         prefill: list[PrefillToken] = []
-        async with await self._start(request, traceparent) as generation:
+        async with await self._start(request, caller) as generation:
             while True:
                 for event in await generation.next_events():
                     if isinstance(event, PrefillEvent):
@@ -190,7 +190,7 @@ class Inference:
                     if event.finished is not None:
                         return Choice(event.finished, tokens, prefill, top_tokens)
 
-    async def _start(self, request: GenerateRequest, traceparent: str) -> Generation:
+    async def _start(self, request: GenerateRequest, caller: Caller) -> Generation:
         if self.draining:
             raise ShuttingDown()
         permit = self.permits.take()
@@ -199,7 +199,7 @@ class Inference:
             checked = check_parameters(request, self.limits)
             encoding = await self._tokenizer.encode(checked.inputs, checked.add_special_tokens)
             seed = checked.seed if checked.seed is not None else secrets.randbits(64)
-            valid = build_request(checked, encoding.ids, self.limits, seed=seed, traceparent=traceparent)
+            valid = build_request(checked, encoding.ids, self.limits, seed=seed, caller=caller)
             validation_s = time.perf_counter() - started
             self._metrics.request_input_length.observe(len(valid.input_ids))
             self._metrics.request_max_new_tokens.observe(valid.max_new_tokens)

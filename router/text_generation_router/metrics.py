@@ -10,8 +10,8 @@ Who counts what:
   request_queue_duration, request_inference_duration, request_mean_time_per_token_duration and
   request_generated_tokens of successes.
 - `inference`: request_input_length, request_max_new_tokens.
-- `scheduling.batcher`: queue_size, batch_*, kv_cache_*, preemption_count, step_idle_duration, request_skipped_tokens,
-  time_to_first_token_duration and inter_token_latency_duration.
+- `scheduling.batcher`: queue_size, batch_*, kv_cache_*, prefix_cache_*, preemption_count, step_idle_duration,
+  request_skipped_tokens, time_to_first_token_duration and inter_token_latency_duration.
 
 So ``count == success + sum(failure) + cancelled`` whenever no request is inside. Bodies that never become a request
 (400, 401, 413, 415, 422 in plain text, 503 while draining) are not counted, as in TGI.
@@ -159,6 +159,10 @@ class Metrics:
         self.preemption_count = Counter()
         self.kv_cache_usage = Gauge()
         self.kv_cache_blocks_total = Gauge()
+        self.prefix_cache_queried_tokens = Counter()
+        self.prefix_cache_hit_tokens = Counter()
+        self.prefix_cache_blocks = Gauge()
+        self.prefix_cache_evictions = Counter()
         # Names that tutorials on TGI give to two of the above: the same objects under a second name.
         self.request_duration_seconds = self.request_duration
         self.batch_size = self.batch_current_size
@@ -209,6 +213,10 @@ HELP = {
     "preemption_count": "Times that a request lost its KV blocks to an older one and had to be computed again.",
     "kv_cache_usage": "Share of the KV cache's blocks in use, 0 to 1.",
     "kv_cache_blocks_total": "Blocks of the KV cache.",
+    "prefix_cache_queried_tokens": "Prompt tokens of admitted requests.",
+    "prefix_cache_hit_tokens": "Of these, tokens whose keys and values were in the prefix cache.",
+    "prefix_cache_blocks": "Blocks that the prefix cache holds, those that running requests read among them.",
+    "prefix_cache_evictions": "Blocks that the prefix cache gave up for others.",
     "request_duration_seconds": "The same as tgi_request_duration.",
     "batch_size": "The same as tgi_batch_current_size.",
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from text_generation_router.config import Limits
 from text_generation_router.errors import ValidationError
-from text_generation_router.generate_request import GenerateParameters, GenerateRequest
+from text_generation_router.generate_request import NOBODY, Caller, GenerateParameters, GenerateRequest
 from text_generation_router.scheduling.requests import Sampling, ValidRequest
 
 _F32 = struct.Struct("f")
@@ -91,7 +91,7 @@ def check_parameters(request: GenerateRequest, limits: Limits) -> CheckedParamet
 
 
 def build_request(
-    checked: CheckedParameters, input_ids: list[int], limits: Limits, *, seed: int, traceparent: str = ""
+    checked: CheckedParameters, input_ids: list[int], limits: Limits, *, seed: int, caller: Caller = NOBODY
 ) -> ValidRequest:
     """Cut the prompt to its last ``truncate`` ids and check the lengths. Raises: ValidationError."""
     if not input_ids:
@@ -118,7 +118,8 @@ def build_request(
         stop_sequences=checked.stop_sequences,
         top_n_tokens=checked.top_n_tokens,
         decoder_input_details=checked.decoder_input_details,
-        traceparent=traceparent,
+        traceparent=caller.traceparent,
+        cache_salt=caller.cache_salt,
     )
 
 

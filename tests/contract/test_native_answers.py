@@ -19,7 +19,7 @@ from text_generation_router.scheduling.requests import (
 
 HEADERS = {
     "x-compute-type", "x-compute-time", "x-compute-characters", "x-total-time", "x-validation-time", "x-queue-time",
-    "x-inference-time", "x-time-per-token", "x-prompt-tokens", "x-generated-tokens",
+    "x-inference-time", "x-time-per-token", "x-prompt-tokens", "x-cached-tokens", "x-generated-tokens",
 }  # fmt: skip
 TOKENS = (
     '[{"id":1,"text":"Hel","logprob":-0.5,"special":false},{"id":2,"text":"lo","logprob":-1.0,"special":false},'

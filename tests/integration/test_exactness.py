@@ -49,6 +49,8 @@ def check(folder: Path, variant: str) -> None:
     environ = ONE_THREAD | ({"TGI_SWAPS": "0"} if variant == "no module swapped" else {})
     with serving("--model-id", str(folder), *VARIANTS[variant], environ=environ) as server:
         assert_exact(server, folder)
+        assert_exact(server, folder)
+        assert metrics(server)["tgi_prefix_cache_hit_tokens"] > 0, "the second time nothing was reused"
 
 
 def test_sixteen_at_once_of_a_llama(tiny: Launched, tiny_llama: Path) -> None:

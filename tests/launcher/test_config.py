@@ -120,8 +120,6 @@ def test_a_flag_that_is_not_built_is_refused_by_name(name: str) -> None:
     [
         {"speculate": "0"},
         {"cuda_graphs": "0"},
-        {"prefix_caching": "0"},
-        {"prefix_caching": "False"},
         {"quantize": ""},
         {"otlp_service_name": "text-generation-inference.router"},
         {"disable_custom_kernels": True},

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted import limits
 from text_generation_router.errors import ValidationError
-from text_generation_router.generate_request import GenerateParameters, GenerateRequest
+from text_generation_router.generate_request import Caller, GenerateParameters, GenerateRequest
 from text_generation_router.scheduling.requests import Sampling
 from text_generation_router.validation import build_request, check_parameters, check_shape
 
@@ -47,8 +47,9 @@ def test_the_rest_is_passed_on() -> None:
         request(stop=("a",), top_n_tokens=2, decoder_input_details=True, seed=5, truncate=3), limits()
     )
     assert checked.seed == 5
-    valid = build_request(checked, [1, 2, 3, 4], limits(), seed=9, traceparent="t")
-    assert (valid.input_ids, valid.sampling.seed, valid.traceparent) == ([2, 3, 4], 9, "t")
+    valid = build_request(checked, [1, 2, 3, 4], limits(), seed=9, caller=Caller(traceparent="t", cache_salt=b"s"))
+    assert (valid.input_ids, valid.sampling.seed) == ([2, 3, 4], 9)
+    assert (valid.traceparent, valid.cache_salt) == ("t", b"s")
     assert (valid.stop_sequences, valid.top_n_tokens, valid.decoder_input_details) == (("a",), 2, True)
     assert valid.max_new_tokens == 117
 

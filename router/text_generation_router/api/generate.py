@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 
@@ -26,7 +27,7 @@ from text_generation_router.api.schemas import (
 )
 from text_generation_router.api.sse import EventStreamResponse, Headers, error_frame, relay
 from text_generation_router.errors import RouterError
-from text_generation_router.generate_request import GenerateParameters, GenerateRequest
+from text_generation_router.generate_request import Caller, GenerateParameters, GenerateRequest
 from text_generation_router.inference import Choice, GenerationResult, Inference
 from text_generation_router.metrics import Metrics
 
@@ -81,7 +82,7 @@ class GenerateRoutes:
     async def _answer(self, scope: Scope, send: Send, request: GenerateRequest, *, as_list: bool) -> None:
         started_at = time.perf_counter()
         with counted(self._metrics, "generate"):
-            result = await self._inference.generate(request, traceparent=traceparent(scope))
+            result = await self._inference.generate(request, caller_of(scope))
         total_s = time.perf_counter() - started_at
         record_success(self._metrics, "generate", request.parameters, result.best.finished, total_s)
         response = to_response(result, request.parameters)
@@ -95,7 +96,7 @@ class GenerateRoutes:
         response = EventStreamResponse(send, self._stream_headers(request))
         try:
             with counted(self._metrics, "generate_stream"):
-                async with await self._inference.stream(request, traceparent=traceparent(scope)) as generation:
+                async with await self._inference.stream(request, caller_of(scope)) as generation:
                     prefix = generation.inputs if parameters.return_full_text else ""
                     relayed = await relay(generation, response, prefix=prefix, details=parameters.details)
         except RouterError as error:
@@ -130,6 +131,7 @@ class GenerateRoutes:
             (b"x-inference-time", _milliseconds(timings.inference_s)),
             (b"x-time-per-token", _milliseconds(per_token_s)),
             (b"x-prompt-tokens", b"%d" % result.prompt_tokens),
+            (b"x-cached-tokens", b"%d" % result.best.finished.cached_tokens),
             (b"x-generated-tokens", b"%d" % result.generated_tokens),
         )
 
@@ -174,10 +176,15 @@ def _top_tokens(choice: Choice) -> list[list[TokenBody]] | UnsetType:
     return [[token_body(token) for token in tokens] for tokens in choice.top_tokens] or UNSET
 
 
-def traceparent(scope: Scope) -> str:
-    """The W3C trace context that came with a request; a malformed one is nobody's error and counts as none."""
-    value = header(scope, b"traceparent")
-    return value.decode("ascii") if value is not None and _TRACEPARENT.fullmatch(value) else ""
+def caller_of(scope: Scope) -> Caller:
+    """Who sent a request. A malformed trace context is nobody's error and counts as none."""
+    trace = header(scope, b"traceparent")
+    key = header(scope, b"authorization")
+    return Caller(
+        traceparent=trace.decode("ascii") if trace is not None and _TRACEPARENT.fullmatch(trace) else "",
+        # Also where no key is asked for: a gateway in front may know its tenants by theirs.
+        cache_salt=b"" if key is None else hashlib.sha256(key).digest(),
+    )
 
 
 def _milliseconds(seconds: float) -> bytes:

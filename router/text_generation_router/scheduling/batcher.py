@@ -60,8 +60,8 @@ class Batcher:
         self._wake = asyncio.Event()
         shards.on_result = self._on_result
         shards.on_failure = self._on_failure
-        metrics.batch_max_total_tokens.set(scheduler.blocks.num_blocks * scheduler.blocks.block_size)
-        metrics.kv_cache_blocks_total.set(scheduler.blocks.num_blocks)
+        metrics.batch_max_total_tokens.set(scheduler.leases.num_blocks * scheduler.leases.block_size)
+        metrics.kv_cache_blocks_total.set(scheduler.leases.num_blocks)
 
     @property
     def num_requests(self) -> int:
@@ -127,6 +127,8 @@ class Batcher:
             for sequence in plan.new_sequences:
                 if sequence.queued.started_at is None:
                     sequence.queued.started_at = now
+                    self._metrics.prefix_cache_queried_tokens.inc(sequence.queued.num_prompt_tokens)
+                    self._metrics.prefix_cache_hit_tokens.inc(sequence.lease.num_cached_tokens)
             self._count_dispatch(plan)
             step_id = await self._shards.send(step_request(plan, prefill_logprobs=self._shards.info.prefill_logprobs))
             if plan.chunks or plan.decodes:
@@ -182,12 +184,13 @@ class Batcher:
             else:
                 self._metrics.time_to_first_token_duration.observe(answer.last_token_at - queued.enqueued_at)
             queued.stream.put(event)
+            self._scheduler.took_token(sequence)
             if event.finished is not None:
                 self._end(sequence, None)
                 return
 
     def _end(self, sequence: RunningSequence, error: RouterError | None) -> None:
-        self._scheduler.finish(sequence)
+        self._scheduler.finish(sequence, keep=error is None)
         if error is None:
             del self._answers[sequence.queued]
             sequence.queued.stream.close()
@@ -253,7 +256,10 @@ class Batcher:
         metrics.queue_size.set(len(scheduler.waiting))
         metrics.batch_current_size.set(len(scheduler.running))
         metrics.batch_current_max_tokens.set(scheduler.num_running_tokens)
-        metrics.kv_cache_usage.set(scheduler.blocks.num_used / scheduler.blocks.num_blocks)
+        metrics.kv_cache_usage.set(scheduler.leases.num_used / scheduler.leases.num_blocks)
+        metrics.prefix_cache_blocks.set(scheduler.leases.num_cached)
+        evictions = metrics.prefix_cache_evictions
+        evictions.inc(scheduler.leases.num_evictions - evictions.value())
 
 
 def _finite(logprob: float) -> float | None:

@@ -32,7 +32,8 @@ def _new_sequence(sequence: RunningSequence, *, prefill_logprobs: bool) -> pb.Ne
         sequence_id=sequence.sequence_id,
         token_ids=sequence.token_ids,
         num_prompt_tokens=len(request.input_ids),
-        blocks=sequence.blocks,
+        blocks=sequence.lease.table,
+        num_cached_tokens=sequence.lease.num_cached_tokens,
         sampling=pb.SamplingParameters(
             temperature=sampling.temperature,
             top_k=sampling.top_k,

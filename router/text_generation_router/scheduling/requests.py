@@ -47,6 +47,8 @@ class ValidRequest:
     decoder_input_details: bool = False
     """Report the prompt's tokens, with logprobs when the server was started with them."""
     traceparent: str = ""
+    cache_salt: bytes = b""
+    """Only requests of one salt share computed prompts."""
 
 
 @dataclass(slots=True)
@@ -90,6 +92,8 @@ class Finished:
     seed: int | None
     """None when the tokens were chosen greedily."""
     input_length: int
+    cached_tokens: int
+    """Of the prompt; they were taken from the prefix cache."""
     timings: RequestTimings
 
 
@@ -178,6 +182,8 @@ class QueuedRequest:
     enqueued_at: float = field(default_factory=time.perf_counter)
     started_at: float | None = None
     """When the first step that computes it was sent."""
+    num_cached_tokens: int | None = None
+    """Prompt tokens that the prefix cache had when it was first admitted; None before."""
 
     @property
     def num_prompt_tokens(self) -> int:

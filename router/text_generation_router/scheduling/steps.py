@@ -7,17 +7,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from text_generation_router.scheduling.blocks import BlockAllocator
 from text_generation_router.scheduling.budget import BatchLimits, chunk_sizes
+from text_generation_router.scheduling.leases import Lease, Leases
 from text_generation_router.scheduling.queue import AdmissionHold, WaitingQueue
 from text_generation_router.scheduling.requests import QueuedRequest
 
 
 @dataclass(slots=True, eq=False)
 class RunningSequence:
-    """A request that owns blocks on the shards.
+    """A request that has blocks on the shards.
 
-    All counters run ahead of the results: they say what was sent, since the next step is planned before the
+    Its counters run ahead of the results: they say what was sent, since the next step is planned before the
     result of the one before is known.
     """
 
@@ -25,11 +25,13 @@ class RunningSequence:
     sequence_id: int
     token_ids: list[int]
     """Prompt, and after a pre-emption the ids generated so far; what the shard computes before it samples."""
-    blocks: list[int]
-    num_sent: int = 0
-    """Leading ``token_ids`` sent for computation."""
-    num_outputs_sent: int = 0
+    lease: Lease
+    num_sent: int
+    """Leading ``token_ids`` that were in the cache or have been sent for computation."""
+    num_outputs_sent: int
     """Output tokens that the steps sent so far yield, those from before a pre-emption included."""
+    num_verified: int = 0
+    """Leading tokens that are computed, and that finite logits were computed from. This one runs behind the results."""
 
     @property
     def num_unsent(self) -> int:
@@ -68,9 +70,9 @@ class StepPlan:
 class StepScheduler:
     """Owns the waiting queue, the running sequences and their blocks."""
 
-    def __init__(self, limits: BatchLimits, blocks: BlockAllocator, hold: AdmissionHold | None = None) -> None:
+    def __init__(self, limits: BatchLimits, leases: Leases, hold: AdmissionHold | None = None) -> None:
         self.limits = limits
-        self.blocks = blocks
+        self.leases = leases
         self.waiting = WaitingQueue()
         self.running: dict[int, RunningSequence] = {}
         self._hold = hold
@@ -98,14 +100,26 @@ class StepScheduler:
         self._waiting_tokens += bool(plan.decodes and not plan.new_sequences)
         return plan
 
-    def finish(self, sequence: RunningSequence) -> None:
-        """Free what a running sequence owns and have the shards drop it; twice is harmless."""
+    def took_token(self, sequence: RunningSequence) -> None:
+        """A result has brought the sequence's next token: all before it is computed, and was finite."""
+        is_first = sequence.num_verified == 0
+        sequence.num_verified = sequence.queued.num_tokens - 1
+        if is_first:  # its prompt may be the prompt of others that come while it runs
+            self.leases.enter(sequence.lease, sequence.token_ids, sequence.num_verified)
+
+    def finish(self, sequence: RunningSequence, *, keep: bool = True) -> None:
+        """Give back what a running sequence holds and have the shards drop it; twice is harmless.
+
+        What it has computed is kept for others as long as there is room, but for one that failed.
+        """
         if self.running.pop(sequence.sequence_id, None) is None:
             return
+        if keep:
+            queued = sequence.queued
+            self.leases.enter(sequence.lease, queued.request.input_ids + queued.output_ids, sequence.num_verified)
         # Steps run in order: a step already sent may still write to these blocks, but every step that could hand
         # them to somebody else comes later and carries the drop.
-        self.blocks.free(sequence.blocks)
-        sequence.blocks = []
+        self.leases.give_back(sequence.lease)
         self._drops.append(sequence.sequence_id)
 
     def cancel(self, queued: QueuedRequest) -> None:
@@ -121,7 +135,8 @@ class StepScheduler:
         """Give back all blocks without telling the shards, whose state is gone; returns the requests that ran."""
         lost = [sequence.queued for sequence in self.running.values()]
         for sequence in self.running.values():
-            self.blocks.free(sequence.blocks)
+            self.leases.give_back(sequence.lease)
+        self.leases.forget()
         self.running.clear()
         self._drops = []
         self._blocks_ran_dry = False
@@ -130,7 +145,7 @@ class StepScheduler:
     @property
     def num_running_tokens(self) -> int:
         """Tokens that the blocks of the running sequences can hold."""
-        return self.blocks.num_used * self.blocks.block_size
+        return self.leases.num_used * self.leases.block_size
 
     def _add_decodes(self, plan: StepPlan) -> None:
         """Give every finished prompt a decode row, and a block where it outgrows its table."""
@@ -138,13 +153,12 @@ class StepScheduler:
         for sequence in self.running.values():
             if not sequence.may_decode:
                 continue
-            missing = self.blocks.blocks_for(sequence.num_tokens_after_decode) - len(sequence.blocks)
+            missing = self._missing(sequence)
             if missing > 0:
-                new_blocks = self.blocks.allocate(missing)
+                new_blocks = self.leases.grow(sequence.lease, missing)
                 if new_blocks is None:
                     self._blocks_ran_dry = True
                     continue
-                sequence.blocks += new_blocks
                 plan.additions.append((sequence, new_blocks))
             sequence.num_outputs_sent += 1
             plan.decodes.append(sequence)
@@ -152,18 +166,18 @@ class StepScheduler:
     def _preempt_until_decodes_fit(self, plan: StepPlan) -> None:
         """Take blocks from the newest sequences, never from the oldest, until every other one can go on."""
         while len(self.running) > 1:
-            needed = sum(
-                max(self.blocks.blocks_for(sequence.num_tokens_after_decode) - len(sequence.blocks), 0)
-                for sequence in self.running.values()
-                if sequence.may_decode
-            )
-            if needed <= self.blocks.num_free:
+            needed = sum(self._missing(sequence) for sequence in self.running.values() if sequence.may_decode)
+            if needed <= self.leases.num_available:
                 break
             victim = next(reversed(self.running.values()))
             self.finish(victim)
             self.waiting.put_back(victim.queued)
             plan.num_preempted += 1
         self._blocks_ran_dry = False
+
+    def _missing(self, sequence: RunningSequence) -> int:
+        """Blocks that its next decode row needs and its table lacks."""
+        return max(self.leases.blocks_for(sequence.num_tokens_after_decode) - len(sequence.lease.table), 0)
 
     def _add_chunks(self, plan: StepPlan) -> None:
         """Fill the step with prompt chunks: sequences that began first, then admissions in arrival order."""
@@ -204,21 +218,28 @@ class StepScheduler:
             return None
         if self.limits.max_batch_size is not None and len(self.running) >= self.limits.max_batch_size:
             return None
-        needed = self.blocks.blocks_for(queued.num_tokens)
-        # Leave every running sequence its next block, else the newcomer is the next victim.
-        if self.running and needed + len(self.running) > self.blocks.num_free:
-            return None
-        blocks = self.blocks.allocate(needed)
-        if blocks is None:
+        token_ids = queued.request.input_ids + queued.output_ids
+        lease = self.leases.take(
+            token_ids,
+            salt=queued.request.cache_salt,
+            # Logits of the prompt, where they are wanted, are not in the cache.
+            reuse=not queued.request.decoder_input_details,
+            # Leave every running sequence its next block, else the newcomer is the next victim.
+            spare=len(self.running),
+        )
+        if lease is None:
             return None
         self.waiting.pop()
         sequence = RunningSequence(
             queued=queued,
             sequence_id=self._next_sequence_id,
-            token_ids=queued.request.input_ids + queued.output_ids,
-            blocks=blocks,
+            token_ids=token_ids,
+            lease=lease,
+            num_sent=lease.num_cached_tokens,
             num_outputs_sent=len(queued.output_ids),
         )
+        if queued.num_cached_tokens is None:
+            queued.num_cached_tokens = lease.num_cached_tokens
         self._next_sequence_id += 1
         self._waiting_tokens = 1
         self.running[sequence.sequence_id] = sequence

@@ -17,6 +17,7 @@ from text_generation_router.metrics import Metrics
 from text_generation_router.scheduling.batcher import Batcher
 from text_generation_router.scheduling.blocks import BlockAllocator
 from text_generation_router.scheduling.budget import BatchLimits
+from text_generation_router.scheduling.leases import Leases
 from text_generation_router.scheduling.requests import (
     FinishReason,
     PrefillEvent,
@@ -59,7 +60,8 @@ async def running(folder: Path, *shards: FakeShard, prefill: int = 64) -> AsyncI
         group = await connect(path, "nonce", timeout_s=5)
         metrics = Metrics(max_input_tokens=100, max_total_tokens=200)
         scheduler = StepScheduler(
-            BatchLimits(max_batch_prefill_tokens=prefill), BlockAllocator(shards[0].num_blocks, shards[0].block_size)
+            BatchLimits(max_batch_prefill_tokens=prefill),
+            Leases(BlockAllocator(shards[0].num_blocks, shards[0].block_size), prefix_caching=True),
         )
         batcher = Batcher(group, scheduler, Detokenizer(TOKENIZER, frozenset({EOS})), metrics)
         task = asyncio.create_task(batcher.run())
@@ -89,7 +91,7 @@ async def text(queued: QueuedRequest) -> str:
 async def settled(router: Router, shard: FakeShard) -> None:
     """Wait until the shard has heard of every drop."""
     async with asyncio.timeout(5):
-        while shard.sequences or router.scheduler.blocks.num_used:  # noqa: ASYNC110 - the shard sends no event
+        while shard.sequences or router.scheduler.leases.num_used:  # noqa: ASYNC110 - the shard sends no event
             await asyncio.sleep(0.01)
 
 
@@ -212,7 +214,9 @@ async def test_shards_that_are_gone_fail_what_runs_and_what_waits(tmp_path: Path
     async with serve_fake_shards(tmp_path, shard) as path:
         shard.eos_token_ids = (EOS,)
         group = await connect(path, "nonce", timeout_s=5)
-        scheduler = StepScheduler(BatchLimits(max_batch_prefill_tokens=64), BlockAllocator(8, 4))
+        scheduler = StepScheduler(
+            BatchLimits(max_batch_prefill_tokens=64), Leases(BlockAllocator(8, 4), prefix_caching=True)
+        )
         metrics = Metrics(max_input_tokens=100, max_total_tokens=200)
         batcher = Batcher(group, scheduler, Detokenizer(TOKENIZER, frozenset({EOS})), metrics)
         task = asyncio.create_task(batcher.run())
@@ -227,7 +231,7 @@ async def test_shards_that_are_gone_fail_what_runs_and_what_waits(tmp_path: Path
     with pytest.raises(GenerationFailed, match="Could not connect to Text Generation server"):
         router.ask("too late")
     assert not batcher.ready()
-    assert batcher.num_requests == scheduler.blocks.num_used == 0
+    assert batcher.num_requests == scheduler.leases.num_used == 0
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     with pytest.raises(ShuttingDown):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_generation_router.scheduling.blocks import BlockAllocator
 from text_generation_router.scheduling.budget import BatchLimits, chunk_sizes
+from text_generation_router.scheduling.leases import Leases
 from text_generation_router.scheduling.queue import AdmissionHold
 from text_generation_router.scheduling.requests import QueuedRequest
 from text_generation_router.scheduling.steps import StepPlan, StepScheduler
@@ -19,9 +20,10 @@ def scheduler(
     prefill: int = 16,
     batch_size: int | None = None,
     hold: AdmissionHold | None = None,
+    caching: bool = False,
 ) -> StepScheduler:
     limits = BatchLimits(max_batch_prefill_tokens=prefill, max_batch_size=batch_size)
-    return StepScheduler(limits, BlockAllocator(num_blocks, block_size), hold)
+    return StepScheduler(limits, Leases(BlockAllocator(num_blocks, block_size), prefix_caching=caching), hold)
 
 
 def plan(steps: StepScheduler, num_in_flight: int = 0) -> StepPlan:
@@ -111,7 +113,7 @@ def test_what_a_finished_sequence_owned_is_free_and_the_shards_drop_it() -> None
     sequence = plan(steps).new_sequences[0]
     steps.finish(sequence)
     steps.finish(sequence)
-    assert steps.blocks.num_used == 0
+    assert steps.leases.num_used == 0
     assert plan(steps).drops == [sequence.sequence_id]
     assert steps.plan(num_in_flight=0) is None
 
@@ -125,7 +127,7 @@ def test_cancel_finds_a_request_wherever_it_is() -> None:
     steps.cancel(waiting)
     steps.cancel(running)
     assert len(steps.waiting) == 0
-    assert steps.blocks.num_used == 0
+    assert steps.leases.num_used == 0
 
 
 def test_dry_blocks_preempt_the_newest_only_once_nothing_is_in_flight() -> None:
@@ -150,7 +152,7 @@ def test_an_abandoned_epoch_owns_nothing() -> None:
     plan(steps)
     steps.waiting.append(waits)
     assert steps.abandon_epoch() == [ran]
-    assert steps.blocks.num_used == 0
+    assert steps.leases.num_used == 0
     assert steps.plan(num_in_flight=0) is not None, "what waits is served in the new epoch"
 
 
@@ -170,7 +172,7 @@ class ObedientShard:
         for sequence in step.new_sequences:
             self.tables[sequence.sequence_id] = []
             self.known[sequence.sequence_id] = len(sequence.token_ids)
-            self.computed[sequence.sequence_id] = 0
+            self.computed[sequence.sequence_id] = sequence.lease.num_cached_tokens
         rows = [(sequence.sequence_id, size) for sequence, size in step.chunks]
         rows += [(sequence.sequence_id, 1) for sequence in step.decodes]
         assert len(rows) == len(dict(rows)), "a sequence has one row in a step"
@@ -189,6 +191,7 @@ class ObedientShard:
     prefill=st.integers(1, 40),
     batch_size=st.none() | st.integers(1, 4),
     cancels=st.sets(st.integers(0, 11), max_size=3),
+    caching=st.booleans(),
     results_at_once=st.lists(st.integers(1, 2), min_size=1, max_size=7),
 )
 def test_every_request_gets_exactly_its_tokens(
@@ -197,9 +200,10 @@ def test_every_request_gets_exactly_its_tokens(
     prefill: int,
     batch_size: int | None,
     cancels: set[int],
+    caching: bool,
     results_at_once: list[int],
 ) -> None:
-    steps = scheduler(num_blocks=num_blocks, block_size=4, prefill=prefill, batch_size=batch_size)
+    steps = scheduler(num_blocks=num_blocks, block_size=4, prefill=prefill, batch_size=batch_size, caching=caching)
     shard = ObedientShard(steps)
     arrivals = sorted(((at, queued(prompt, new)) for prompt, new, at in requests), key=lambda item: item[0])
     everyone: list[QueuedRequest] = [request for _, request in arrivals]
@@ -216,10 +220,12 @@ def test_every_request_gets_exactly_its_tokens(
         if step is not None:
             assert sum(size for _, size in step.chunks) + len(step.decodes) <= max(prefill, len(step.decodes) + 1)
             in_flight.append(shard.run(step))
-        owned = [block for sequence in steps.running.values() for block in sequence.blocks]
-        assert len(owned) == len(set(owned)) == steps.blocks.num_used
+        own = [block for sequence in steps.running.values() for block in sequence.lease.own]
+        held_blocks = {block for sequence in steps.running.values() for block in sequence.lease.table}
+        assert len(own) == len(set(own))
+        assert len(held_blocks) <= steps.leases.num_used <= steps.leases.num_blocks
         for sequence in steps.running.values():
-            held = len(sequence.blocks) * 4
+            held = len(sequence.lease.table) * 4
             assert shard.computed.get(sequence.sequence_id, 0) <= held, "no token without a slot"
         arrived = results_at_once[now % len(results_at_once)] if step is None or len(in_flight) == 2 else 0
         for sequence_id in [i for _ in range(min(arrived, len(in_flight))) for i in in_flight.popleft()]:
@@ -227,6 +233,7 @@ def test_every_request_gets_exactly_its_tokens(
             if running is None:
                 continue
             running.queued.output_ids.append(7)
+            steps.took_token(running)
             assert len(running.queued.output_ids) <= running.queued.request.max_new_tokens
             if len(running.queued.output_ids) == running.queued.request.max_new_tokens:
                 steps.finish(running)
@@ -235,4 +242,67 @@ def test_every_request_gets_exactly_its_tokens(
     for request in everyone:
         if request not in leaving:
             assert len(request.output_ids) == request.request.max_new_tokens
-    assert steps.blocks.num_used == 0
+    assert steps.leases.num_used == 0
+
+
+def test_a_second_prompt_computes_only_what_the_first_did_not() -> None:
+    steps = scheduler(prefill=64, caching=True)
+    first, second = queued(40, max_new_tokens=2), queued(40)
+    steps.waiting.append(first)
+    sequence = plan(steps).new_sequences[0]
+    first.output_ids.append(7)
+    steps.took_token(sequence)
+    steps.waiting.append(second)
+    step = plan(steps)
+    assert [size for _, size in step.chunks] == [4]
+    assert step.new_sequences[0].lease.table[:9] == sequence.lease.table[:9]
+    assert second.num_cached_tokens == 36
+
+
+def test_a_prompt_is_shared_only_once_a_token_was_sampled_behind_it() -> None:
+    steps = scheduler(prefill=64, caching=True)
+    steps.waiting.append(queued(40))
+    plan(steps)
+    steps.waiting.append(queued(40))
+    assert [size for _, size in plan(steps).chunks] == [40]
+
+
+@pytest.mark.parametrize(("keep", "num_cached"), [(True, 40), (False, 36)])
+def test_what_a_failed_request_has_generated_is_not_kept(keep: bool, num_cached: int) -> None:
+    steps = scheduler(prefill=64, caching=True)
+    first = queued(39, max_new_tokens=9)
+    steps.waiting.append(first)
+    sequence = plan(steps).new_sequences[0]
+    for token in (40, 41, 42, 43):
+        first.output_ids.append(token)
+        steps.took_token(sequence)
+    steps.finish(sequence, keep=keep)
+    second = queued(60)
+    steps.waiting.append(second)
+    plan(steps)
+    assert second.num_cached_tokens == num_cached
+
+
+def test_a_pre_empted_request_finds_what_it_had_computed() -> None:
+    steps = scheduler(num_blocks=8, block_size=4, prefill=64, caching=True)
+    old, new = queued(12, max_new_tokens=20), queued(12, max_new_tokens=20)
+    new.request.input_ids.reverse()
+    sequences = []
+    for request in (old, new):
+        steps.waiting.append(request)
+        sequences += plan(steps).new_sequences
+        request.output_ids.append(7)
+        steps.took_token(sequences[-1])
+    for _ in range(12):
+        step = plan(steps)
+        for sequence in step.decodes:
+            sequence.queued.output_ids.append(7)
+            steps.took_token(sequence)
+        if step.num_preempted:
+            break
+    assert list(steps.running.values()) == sequences[:1]
+    steps.finish(sequences[0])
+    (again,) = plan(steps).new_sequences
+    assert again.queued is new
+    assert again.lease.num_cached_tokens >= 12
+    assert new.num_cached_tokens == 0
