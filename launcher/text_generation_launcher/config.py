@@ -40,6 +40,7 @@ POSITIVE = (
     "validation_workers",
     "max_concurrent_requests",
     "max_batch_size",
+    "max_inter_token_latency_ms",
     "max_batch_prefill_tokens",
     "max_batch_total_tokens",
     "master_port",

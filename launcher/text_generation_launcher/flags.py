@@ -160,6 +160,14 @@ class Flags:
         ),
     ] = None
     max_batch_size: Annotated[int | None, number("--max-batch-size", help="Most requests in one batch.")] = None
+    max_inter_token_latency_ms: Annotated[
+        int | None,
+        number(
+            "--max-inter-token-latency-ms",
+            help="Cut prompts so that running streams wait no longer than this for a token, as far as decoding alone "
+            "leaves room; default: long prompts are cut so that it takes about twice as long as without them.",
+        ),
+    ] = None
     max_client_batch_size: Annotated[
         int, number("--max-client-batch-size", help="Most prompts in one /v1/completions.")
     ] = 4

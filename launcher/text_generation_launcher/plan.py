@@ -26,6 +26,7 @@ ROUTER_FLAGS = (
     "max_batch_total_tokens",
     "max_waiting_tokens",
     "max_batch_size",
+    "max_inter_token_latency_ms",
     "max_client_batch_size",
     "validation_workers",
     "payload_limit",

@@ -72,7 +72,11 @@ async def start_backend(flags: RouterFlags) -> AsyncIterator[Backend]:
             max_input_tokens=config.limits.max_input_tokens, max_total_tokens=config.limits.max_total_tokens
         )
         scheduler = StepScheduler(
-            BatchLimits(max_batch_prefill_tokens=config.max_batch_prefill_tokens, max_batch_size=config.max_batch_size),
+            BatchLimits(
+                max_batch_prefill_tokens=config.max_batch_prefill_tokens,
+                max_batch_size=config.max_batch_size,
+                max_inter_token_latency_s=config.max_inter_token_latency_s,
+            ),
             Leases(BlockAllocator(warmed.num_blocks, info.block_size), prefix_caching=flags.prefix_caching),
             admission_hold(flags.waiting_served_ratio, flags.max_waiting_tokens),
         )

@@ -42,6 +42,7 @@ HELP = {
     "payload_limit": "Largest body of a request in bytes.",
     "disable_grammar_support": "Refuse requests with a grammar.",
     "graceful_termination_timeout": "Seconds that running requests get when the server is told to stop.",
+    "max_inter_token_latency_ms": "Cut prompts so that running streams wait no longer for a token, if they can.",
     "prefix_caching": "Compute equal beginnings of prompts once.",
 }
 """The flags that people give. Fields of `RouterFlags` that are missing here are for the launcher and are not shown."""

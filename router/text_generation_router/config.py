@@ -42,6 +42,7 @@ class RouterFlags:
     disable_grammar_support: bool = False
     graceful_termination_timeout: int = 90
     prefix_caching: bool = True
+    max_inter_token_latency_ms: int | None = None
     compute_type: str = "gpu+optimized"
     launcher_nonce: str = ""
     git_sha: str | None = None
@@ -108,6 +109,8 @@ class RouterConfig:
     """Tokens of KV cache for all running requests."""
     max_batch_size: int | None
     """Running requests; None is no limit beside the KV cache."""
+    max_inter_token_latency_s: float | None
+    """What a step that carries prompts may take; None is a limit for long prompts alone, by what decoding takes."""
 
 
 def warmup_limits(flags: RouterFlags, info: ModelInfo) -> WarmupLimits:
@@ -119,6 +122,8 @@ def warmup_limits(flags: RouterFlags, info: ModelInfo) -> WarmupLimits:
         raise ConfigError("`validation_workers` must be > 0")
     if flags.max_batch_size is not None and flags.max_batch_size < 1:
         raise ConfigError("`max_batch_size` must be > 0")
+    if flags.max_inter_token_latency_ms is not None and flags.max_inter_token_latency_ms < 1:
+        raise ConfigError("`max_inter_token_latency_ms` must be > 0")
     if flags.max_concurrent_requests < 1:
         raise ConfigError("`max_concurrent_requests` must be > 0")
     if flags.max_batch_prefill_tokens is not None and flags.max_batch_prefill_tokens < 1:
@@ -167,12 +172,14 @@ def resolve(flags: RouterFlags, info: ModelInfo, num_blocks: int, model_max_leng
         vocab_size=info.vocab_size,
         disable_grammar_support=flags.disable_grammar_support,
     )
+    latency_ms = flags.max_inter_token_latency_ms
     return RouterConfig(
         limits=limits,
         max_concurrent_requests=flags.max_concurrent_requests,
         max_batch_prefill_tokens=min(_prefill_tokens(flags, info), capacity),
         max_batch_total_tokens=capacity,
         max_batch_size=flags.max_batch_size,
+        max_inter_token_latency_s=None if latency_ms is None else latency_ms / 1000,
     )
 
 

@@ -10,7 +10,7 @@ Who counts what:
   request_queue_duration, request_inference_duration, request_mean_time_per_token_duration and
   request_generated_tokens of successes.
 - `inference`: request_input_length, request_max_new_tokens.
-- `scheduling.batcher`: queue_size, batch_*, kv_cache_*, prefix_cache_*, preemption_count, step_idle_duration,
+- `scheduling.batcher`: queue_size, batch_*, kv_cache_*, prefix_cache_*, preemption_count, step_*_duration,
   request_skipped_tokens, time_to_first_token_duration and inter_token_latency_duration.
 
 So ``count == success + sum(failure) + cancelled`` whenever no request is inside. Bodies that never become a request
@@ -156,6 +156,7 @@ class Metrics:
         self.batch_filter_duration = Histogram(duration, "method", _METHODS)
         self.batch_concat_duration = Histogram(duration, "method", ("decode",))
         self.step_idle_duration = Histogram(duration)
+        self.step_overhead_duration = Histogram(duration, "method", _METHODS)
         self.preemption_count = Counter()
         self.kv_cache_usage = Gauge()
         self.kv_cache_blocks_total = Gauge()
@@ -210,6 +211,7 @@ HELP = {
     "batch_filter_duration": "Seconds of taking finished requests out of a batch.",
     "batch_concat_duration": "Seconds of joining batches.",
     "step_idle_duration": "Seconds between the end of a step and the start of the next on the shard.",
+    "step_overhead_duration": "Seconds of a step that are not model execution, from the end of the one before it.",
     "preemption_count": "Times that a request lost its KV blocks to an older one and had to be computed again.",
     "kv_cache_usage": "Share of the KV cache's blocks in use, 0 to 1.",
     "kv_cache_blocks_total": "Blocks of the KV cache.",

@@ -283,17 +283,19 @@ class StepFailure(_message.Message):
     def __init__(self, message: _Optional[str] = ..., out_of_memory: bool = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("forward_ns", "sample_ns", "total_ns", "idle_ns", "num_prefill_tokens", "num_decode_rows")
+    __slots__ = ("forward_ns", "sample_ns", "total_ns", "idle_ns", "num_prefill_tokens", "num_decode_rows", "overhead_ns")
     FORWARD_NS_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_NS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_NS_FIELD_NUMBER: _ClassVar[int]
     IDLE_NS_FIELD_NUMBER: _ClassVar[int]
     NUM_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_DECODE_ROWS_FIELD_NUMBER: _ClassVar[int]
+    OVERHEAD_NS_FIELD_NUMBER: _ClassVar[int]
     forward_ns: int
     sample_ns: int
     total_ns: int
     idle_ns: int
     num_prefill_tokens: int
     num_decode_rows: int
-    def __init__(self, forward_ns: _Optional[int] = ..., sample_ns: _Optional[int] = ..., total_ns: _Optional[int] = ..., idle_ns: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ..., num_decode_rows: _Optional[int] = ...) -> None: ...
+    overhead_ns: int
+    def __init__(self, forward_ns: _Optional[int] = ..., sample_ns: _Optional[int] = ..., total_ns: _Optional[int] = ..., idle_ns: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ..., num_decode_rows: _Optional[int] = ..., overhead_ns: _Optional[int] = ...) -> None: ...

@@ -14,6 +14,7 @@ from text_generation_router.detokenizer import Detokenizer
 from text_generation_router.errors import GenerationFailed, InternalError, RouterError, ShuttingDown
 from text_generation_router.metrics import Metrics
 from text_generation_router.scheduling.answers import Answer, start_answer
+from text_generation_router.scheduling.costs import StepWork
 from text_generation_router.scheduling.messages import step_request
 from text_generation_router.scheduling.requests import QueuedRequest
 from text_generation_router.scheduling.steps import RunningSequence, StepPlan, StepScheduler
@@ -33,8 +34,14 @@ NOT_CONNECTED = "Could not connect to Text Generation server: no shard answers"
 @dataclass(frozen=True, slots=True)
 class _SentStep:
     sent_at: float
-    method: str
-    """The label of TGI's metrics: a step with prompt chunks is a prefill."""
+    work: StepWork
+    follows: bool
+    """Whether the shards had another step to do when it was sent: then they should not idle before it."""
+
+    @property
+    def method(self) -> str:
+        """The label of TGI's metrics: a step with prompt chunks is a prefill."""
+        return "prefill" if self.work.num_prompt_tokens else "decode"
 
 
 class Batcher:
@@ -130,9 +137,10 @@ class Batcher:
                     self._metrics.prefix_cache_queried_tokens.inc(sequence.queued.num_prompt_tokens)
                     self._metrics.prefix_cache_hit_tokens.inc(sequence.lease.num_cached_tokens)
             self._count_dispatch(plan)
+            follows = self._shards.num_in_flight > 0
             step_id = await self._shards.send(step_request(plan, prefill_logprobs=self._shards.info.prefill_logprobs))
             if plan.chunks or plan.decodes:
-                self._sent[step_id] = _SentStep(now, "prefill" if plan.chunks else "decode")
+                self._sent[step_id] = _SentStep(now, plan.work, follows)
 
     def _on_result(self, result: StepResult) -> None:
         self._results.append(result)
@@ -250,6 +258,9 @@ class Batcher:
         metrics.batch_forward_duration.observe(timings.forward_s, method=sent.method)
         metrics.batch_decode_duration.observe(timings.sample_s, method=sent.method)
         metrics.step_idle_duration.observe(timings.idle_s)
+        self._scheduler.costs.observe(sent.work, timings.forward_s + timings.sample_s)
+        if sent.follows:
+            metrics.step_overhead_duration.observe(timings.overhead_s, method=sent.method)
 
     def _show_state(self) -> None:
         metrics, scheduler = self._metrics, self._scheduler

@@ -13,16 +13,5 @@ class BatchLimits:
     """Prompt tokens plus decode rows of one step."""
     max_batch_size: int | None = None
     """Running sequences; None is no limit beside the KV cache."""
-
-
-def chunk_sizes(remaining: list[int], budget: int) -> list[int]:
-    """How many prompt tokens each sequence computes in this step, in order, oldest first.
-
-    Each takes what it still needs while the budget lasts; the last one may get a part. Zeros follow.
-    """
-    sizes = []
-    for tokens in remaining:
-        size = min(tokens, max(budget, 0))
-        sizes.append(size)
-        budget -= size
-    return sizes
+    max_inter_token_latency_s: float | None = None
+    """What a step with pieces of prompts may take, where running streams wait for it; None: see ``StepTime``."""

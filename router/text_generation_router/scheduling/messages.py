@@ -10,7 +10,7 @@ from text_generation_router.scheduling.steps import RunningSequence, StepPlan
 def step_request(plan: StepPlan, *, prefill_logprobs: bool) -> pb.StepRequest:
     """The message for one planned step, still without its number. ``prefill_logprobs``: the shards can report them."""
     message = pb.StepRequest(drops=plan.drops)
-    if plan.chunks:
+    if plan.chunks or plan.new_sequences:
         message.prefill.new_sequences.extend(
             _new_sequence(sequence, prefill_logprobs=prefill_logprobs) for sequence in plan.new_sequences
         )

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from text_generation_router.scheduling.budget import BatchLimits, chunk_sizes
+from text_generation_router.scheduling.budget import BatchLimits
+from text_generation_router.scheduling.costs import StepCosts, StepTime, StepWork
 from text_generation_router.scheduling.leases import Lease, Leases
 from text_generation_router.scheduling.queue import AdmissionHold, WaitingQueue
 from text_generation_router.scheduling.requests import QueuedRequest
@@ -30,6 +31,8 @@ class RunningSequence:
     """Leading ``token_ids`` that were in the cache or have been sent for computation."""
     num_outputs_sent: int
     """Output tokens that the steps sent so far yield, those from before a pre-emption included."""
+    is_long: bool = False
+    """Whether no single step can take in all that it has to compute before its first token."""
     num_verified: int = 0
     """Leading tokens that are computed, and that finite logits were computed from. This one runs behind the results."""
 
@@ -64,7 +67,14 @@ class StepPlan:
 
     @property
     def is_empty(self) -> bool:
-        return not (self.drops or self.chunks or self.decodes)
+        return not (self.drops or self.new_sequences or self.chunks or self.decodes)
+
+    @property
+    def work(self) -> StepWork:
+        """What it computes. The chunks are counted as sent already."""
+        tokens = sum(size for _, size in self.chunks)
+        before = sum(size * (sequence.num_sent - size / 2) for sequence, size in self.chunks)
+        return StepWork(len(self.decodes), tokens, before / max(tokens, 1))
 
 
 class StepScheduler:
@@ -73,6 +83,7 @@ class StepScheduler:
     def __init__(self, limits: BatchLimits, leases: Leases, hold: AdmissionHold | None = None) -> None:
         self.limits = limits
         self.leases = leases
+        self.costs = StepCosts()
         self.waiting = WaitingQueue()
         self.running: dict[int, RunningSequence] = {}
         self._hold = hold
@@ -183,25 +194,32 @@ class StepScheduler:
         """Fill the step with prompt chunks: sequences that began first, then admissions in arrival order."""
         budget = max(self.limits.max_batch_prefill_tokens - len(plan.decodes), 1)
         started = [sequence for sequence in self.running.values() if sequence.num_unsent]
-        for sequence, size in zip(started, chunk_sizes([s.num_unsent for s in started], budget), strict=True):
-            if size:
-                self._add_chunk(plan, sequence, size)
-                budget -= size
+        time = StepTime(
+            self.costs,
+            num_decodes=len(plan.decodes),
+            num_prompts=len(started) + len(self.waiting),
+            max_inter_token_latency_s=self.limits.max_inter_token_latency_s,
+        )
+        for sequence in started:
+            budget -= self._add_chunk(plan, sequence, budget, time)
         if self._hold is not None:
             if self._is_held_back(self._hold):
                 return
             plan.concat_reason = self._hold.reason(self._waiting_tokens)
         while budget > 0 and (newcomer := self._admit()) is not None:
-            size = min(newcomer.num_unsent, budget)
             plan.new_sequences.append(newcomer)
-            self._add_chunk(plan, newcomer, size)
-            budget -= size
+            budget -= self._add_chunk(plan, newcomer, budget, time)
 
-    def _add_chunk(self, plan: StepPlan, sequence: RunningSequence, size: int) -> None:
-        plan.chunks.append((sequence, size))
-        sequence.num_sent += size
-        if sequence.num_unsent == 0:
-            sequence.num_outputs_sent += 1
+    def _add_chunk(self, plan: StepPlan, sequence: RunningSequence, budget: int, time: StepTime) -> int:
+        """Take in as much of a prompt as the step has room and time for; returns how much."""
+        wanted = min(sequence.num_unsent, budget)
+        size = time.tokens(wanted, sequence.num_sent, is_long=sequence.is_long) if wanted else 0
+        if size:
+            plan.chunks.append((sequence, size))
+            sequence.num_sent += size
+            if sequence.num_unsent == 0:
+                sequence.num_outputs_sent += 1
+        return size
 
     def _is_held_back(self, hold: AdmissionHold) -> bool:
         """Whether all that wait stay outside in this step. Asked once a step: an open door is open for all that fit."""
@@ -237,6 +255,7 @@ class StepScheduler:
             lease=lease,
             num_sent=lease.num_cached_tokens,
             num_outputs_sent=len(queued.output_ids),
+            is_long=len(token_ids) - lease.num_cached_tokens > self.limits.max_batch_prefill_tokens,
         )
         if queued.num_cached_tokens is None:
             queued.num_cached_tokens = lease.num_cached_tokens

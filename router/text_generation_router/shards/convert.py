@@ -91,6 +91,8 @@ class StepTimings:
     sample_s: float
     idle_s: float
     """The shard had nothing to do for so long before this step."""
+    overhead_s: float
+    """Since the end of the step before, idle time included: all that was no model execution."""
 
 
 @dataclass(slots=True)
@@ -112,7 +114,9 @@ def step_result(message: pb.StepResult) -> StepResult:
         step_id=message.step_id,
         generations=[_generation(generation) for generation in message.generations],
         failures=[(failure.sequence_id, failure.message) for failure in message.failures],
-        timings=StepTimings(timings.forward_ns * 1e-9, timings.sample_ns * 1e-9, timings.idle_ns * 1e-9)
+        timings=StepTimings(
+            timings.forward_ns * 1e-9, timings.sample_ns * 1e-9, timings.idle_ns * 1e-9, timings.overhead_ns * 1e-9
+        )
         if computed
         else None,
     )

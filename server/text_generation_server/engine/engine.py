@@ -255,9 +255,12 @@ class Engine:
             error, result = caught, self._failed(job.step, caught)
         else:
             self._ended_step_id = result.step_id
+        before_ns = job.started_ns if self._ended_ns is None else self._ended_ns
         self._ended_ns = time.monotonic_ns()
         self._progress_ns = None if is_last else self._ended_ns
-        result.timings.total_ns = self._ended_ns - job.started_ns
+        timings = result.timings
+        timings.total_ns = self._ended_ns - job.started_ns
+        timings.overhead_ns = max(0, self._ended_ns - before_ns - timings.forward_ns - timings.sample_ns)
         job.deliver(result)
         if error is not None and self._is_fatal(error):
             raise error

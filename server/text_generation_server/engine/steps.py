@@ -76,6 +76,7 @@ class Timings:
     sample_ns: int = 0
     total_ns: int = 0
     idle_ns: int = 0
+    overhead_ns: int = 0
     num_prefill_tokens: int = 0
     num_decode_rows: int = 0
 

@@ -52,6 +52,7 @@ def result_to_proto(result: steps.StepResult) -> pb.StepResult:
             sample_ns=timings.sample_ns,
             total_ns=timings.total_ns,
             idle_ns=timings.idle_ns,
+            overhead_ns=timings.overhead_ns,
             num_prefill_tokens=timings.num_prefill_tokens,
             num_decode_rows=timings.num_decode_rows,
         ),

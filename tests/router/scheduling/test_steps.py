@@ -7,7 +7,8 @@ from builders import queued
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_generation_router.scheduling.blocks import BlockAllocator
-from text_generation_router.scheduling.budget import BatchLimits, chunk_sizes
+from text_generation_router.scheduling.budget import BatchLimits
+from text_generation_router.scheduling.costs import StepWork
 from text_generation_router.scheduling.leases import Leases
 from text_generation_router.scheduling.queue import AdmissionHold
 from text_generation_router.scheduling.requests import QueuedRequest
@@ -30,19 +31,6 @@ def plan(steps: StepScheduler, num_in_flight: int = 0) -> StepPlan:
     step = steps.plan(num_in_flight=num_in_flight)
     assert step is not None
     return step
-
-
-@pytest.mark.parametrize(
-    ("remaining", "budget", "sizes"),
-    [
-        pytest.param([], 8, [], id="nothing to do"),
-        pytest.param([4, 4], 8, [4, 4], id="a budget may be used up exactly"),
-        pytest.param([4, 5, 1], 8, [4, 4, 0], id="the last one gets a part"),
-        pytest.param([4], 0, [0], id="no budget"),
-    ],
-)
-def test_chunk_sizes(remaining: list[int], budget: int, sizes: list[int]) -> None:
-    assert chunk_sizes(remaining, budget) == sizes
 
 
 def test_nothing_to_do_is_no_step() -> None:
@@ -306,3 +294,40 @@ def test_a_pre_empted_request_finds_what_it_had_computed() -> None:
     assert again.queued is new
     assert again.lease.num_cached_tokens >= 12
     assert new.num_cached_tokens == 0
+
+
+def running(steps: StepScheduler, num_decodes: int) -> None:
+    """Streams that decode, and a machine on which a row costs 1 ms and a prompt token too."""
+    steps.costs.observe(StepWork(num_decodes, 0, 0.0), 0.001 * num_decodes)
+    steps.costs.observe(StepWork(num_decodes, 100, 50.0), 0.001 * (num_decodes + 100))
+    for _ in range(num_decodes):
+        steps.waiting.append(queued(2, max_new_tokens=100))
+    while len(plan(steps).decodes) < num_decodes:
+        pass
+
+
+def test_a_long_prompt_is_cut_finer_while_others_run() -> None:
+    steps = scheduler(num_blocks=1000, prefill=512)
+    running(steps, 40)
+    steps.waiting.append(queued(2000))
+    sizes = [plan(steps).chunks[0][1] for _ in range(3)]
+    assert sizes == [32, 32, 32]  # 40 ms more than double the time of 40 rows, and whole tiles
+
+
+def test_a_short_prompt_beside_a_long_one_does_not_wait_for_it() -> None:
+    steps = scheduler(num_blocks=1000, prefill=512)
+    running(steps, 40)
+    steps.waiting.append(queued(2000))
+    plan(steps)
+    steps.waiting.append(queued(30))
+    assert [size for _, size in plan(steps).chunks] == [32, 30]
+
+
+def test_a_second_long_prompt_is_let_in_without_a_chunk_and_those_behind_it_do_not_wait() -> None:
+    steps = scheduler(num_blocks=2000, prefill=512)
+    running(steps, 40)
+    for size in (2000, 2000, 30):
+        steps.waiting.append(queued(size))
+    step = plan(steps)
+    assert [size for _, size in step.chunks] == [32, 30]
+    assert len(step.new_sequences) == 3

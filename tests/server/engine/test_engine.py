@@ -449,6 +449,9 @@ def test_health_tells_idle_from_a_step_that_hangs() -> None:
         time.sleep(0.02)
         idle = driver.read(driver.submit(decodes=[1])).timings
         assert idle.idle_ns >= 15_000_000 and idle.num_decode_rows == 1
+        assert idle.overhead_ns == pytest.approx(
+            idle.idle_ns + idle.total_ns - idle.forward_ns - idle.sample_ns, abs=5_000_000
+        )
         health = driver.engine.health()
         assert (health.progress_age_ns, health.last_step_id, health.num_sequences) == (0, 2, 1)
 
