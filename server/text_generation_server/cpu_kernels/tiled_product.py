@@ -22,11 +22,15 @@ from text_generation_server.cpu_kernels.tiles import STEP, Tiles
 
 PANEL = 2 * LANES
 """Outputs of a unit of work, and rows that are multiplied at once: two tiles by two."""
-PANELS_BYTES = 2**19
-"""Of panels that stay in the second cache while 32 rows after 32 rows are multiplied with them."""
 ROWS_PER_UNIT = 128
-"""Rows that a thread multiplies with panels that it has once read. Measured for all products of a model of 135M
-parameters on 2 cores: 128 rows take 31 ms in units of 64, 27 ms in units of 128; more does not help."""
+"""Rows that a thread multiplies with a panel that it has once read. Measured for all products of a model of 135M
+parameters, processor time of one core: 128 rows take 42 ms in units of 64, 38 ms in units of 128; 512 rows take 117 ms
+in these, 133 ms in units of 256."""
+ROWS_BYTES = 2**20
+"""Of these rows, at most: they stay in the second cache while panel after panel is multiplied with them."""
+PANELS_PER_UNIT = 16
+LINES = 32
+"""Of the cache, 64 bytes each, that a step of 32 inputs of a panel fills."""
 UNITS_PER_THREAD = 4
 """At least, where there are as many panels: who is done takes another."""
 
@@ -69,7 +73,7 @@ class TiledProduct:
         self.bias_N = None if bias_N is None else bias_N.float().contiguous()
         self.kernel = _kernel(epilogue, self.bias_N is not None)
         self.num_panels = packed.numel() // num_inputs // PANEL
-        self.panels_per_unit = max(1, PANELS_BYTES // (2 * PANEL * num_inputs))
+        self.rows_per_unit = max(PANEL, min(ROWS_PER_UNIT, ROWS_BYTES // (2 * num_inputs) // PANEL * PANEL))
 
     def __call__(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """[..., K] -> [..., N], or half as many when gated; bfloat16. ``other`` has the result's shape."""
@@ -87,10 +91,13 @@ class TiledProduct:
     def _panels_per_unit(self, num_rows: int) -> int:
         """Few enough for all threads to be busy to the end: a thread takes several units, one after the other."""
         units = UNITS_PER_THREAD * torch.get_num_threads()
-        return max(1, min(self.panels_per_unit, self.num_panels * -(-num_rows // ROWS_PER_UNIT) // units))
+        return max(1, min(PANELS_PER_UNIT, self.num_panels * self._num_parts(num_rows) // units))
+
+    def _num_parts(self, num_rows: int) -> int:
+        return -(-num_rows // self.rows_per_unit)
 
     def units(self, num_rows: int) -> int:
-        return -(-num_rows // ROWS_PER_UNIT) * -(-self.num_panels // self._panels_per_unit(num_rows))
+        return self._num_parts(num_rows) * -(-self.num_panels // self._panels_per_unit(num_rows))
 
     def arguments(self, num_rows: int, x: int, out: int, other: int = 0) -> tuple[int, ...]:
         """The kernel's, for rows at the address ``x``. ``other`` may be ``out``: then the product is added to it."""
@@ -107,40 +114,126 @@ class TiledProduct:
             self.units(num_rows),
             tiles.shapes(PANEL).data_ptr(),
             tiles.shapes(num_rows % PANEL or PANEL).data_ptr(),
+            self.rows_per_unit,
         )
 
 
-NUM_ARGUMENTS = 12
+NUM_ARGUMENTS = 13
 
 
 @functools.cache
 def _kernel(epilogue: Epilogue, has_bias: bool) -> Kernel:
     code = new_code("tiled_product")
-    num_rows, num_panels, panels_per_unit = (code.arguments[number] for number in (6, 8, 9))
+    num_rows, num_panels, panels_per_unit, rows_per_unit = (code.arguments[number] for number in (6, 8, 9, 13))
     shapes_of_others = Tiles.save(code)
-    num_parts = (num_rows + (ROWS_PER_UNIT - 1)) // ROWS_PER_UNIT
+    num_parts = (num_rows + (rows_per_unit - 1)) // rows_per_unit
     with code.units(code.arguments[10]) as unit:
-        product = _Product(code, epilogue, has_bias=has_bias)
         first_panel = (unit // num_parts) * panels_per_unit
         stop_panel = code.smaller(first_panel + panels_per_unit, num_panels)
-        first_row = unit % num_parts * ROWS_PER_UNIT
-        with code.loop(code.smaller(first_row + ROWS_PER_UNIT, num_rows), first_row, step=PANEL) as row:
-            _multiply(product, row, first_panel, stop_panel)
+        first_row = unit % num_parts * rows_per_unit
+        stop_row = code.smaller(first_row + rows_per_unit, num_rows)
+        _Unit(code, epilogue, first_panel, stop_panel, first_row, stop_row, has_bias=has_bias).multiply()
     Tiles.restore(code, shapes_of_others)
     return Kernel(code, num_arguments=NUM_ARGUMENTS)
 
 
-class _Product:
-    """Where things are, and what happens to results."""
+class _Unit:
+    """The code of one unit: some panels, each with some blocks of 32 rows.
 
-    def __init__(self, code: Code, epilogue: Epilogue, *, has_bias: bool) -> None:
+    What becomes of a block's results is computed while the next block is multiplied: tiles are multiplied by a part of
+    the core that vectors do not use. The weights of the next panel are asked for at the same time.
+    """
+
+    def __init__(
+        self,
+        code: Code,
+        epilogue: Epilogue,
+        first_panel: Value,
+        stop_panel: Value,
+        first_row: Value,
+        stop_row: Value,
+        *,
+        has_bias: bool,
+    ) -> None:
         self.code, self.epilogue, self.has_bias = code, epilogue, has_bias
+        self.first_panel, self.stop_panel, self.first_row, self.stop_row = first_panel, stop_panel, first_row, stop_row
+        self.registers = Tiles(code)
         self.num_inputs = code.arguments[7]
+        self.num_steps = self.num_inputs // STEP
         self.rows, self.weights = code.tensor(1, torch.bfloat16), code.tensor(2, torch.bfloat16)
         self.width = code.arguments[8] * (LANES if epilogue is Epilogue.GATED else PANEL)
+        self.results = code.scratch(2 * PANEL * PANEL)
+        """Of the block that is multiplied, and of the one before it."""
+        nothing = code.integer(0)
+        self.side = code.variable(nothing)
+        """Which half of them comes next: 0, or where the second begins."""
+        self.done_row, self.done_panel, self.num_done = (code.variable(nothing) for _ in range(3))
+        """The block whose results wait: its first row, its panel, its rows."""
 
-    def finish(self, row: Value, panel: Value, results: list[Value]) -> None:
-        """Store what becomes of the results of a row and a panel."""
+    def multiply(self) -> None:
+        code = self.code
+        num_rows = self.stop_row - self.first_row
+        num_blocks = (num_rows + (PANEL - 1)) // PANEL
+        lines_per_block = (LINES + num_blocks - 1) // num_blocks
+        self._shape(num_rows)
+        # The last block may have fewer rows than those before it; changing the shape of tiles takes its time.
+        changes = (num_rows > PANEL).both(num_rows % PANEL > 0)
+        panels, blocks = code.loop(self.stop_panel, self.first_panel), code.loop(self.stop_row, self.first_row, PANEL)
+        with panels as panel, blocks as row:
+            left = self.stop_row - row
+            with code.when(changes):
+                self._shape(left)
+            line = (row - self.first_row) // PANEL * lines_per_block
+            stop_line = code.smaller(line + lines_per_block, code.integer(LINES))
+            for halves in (1, 2):
+                with code.when(left > LANES if halves == 2 else left < LANES + 1):
+                    self._multiply_tiles(row, panel, halves, line, stop_line)
+            self.done_row.set(row)
+            self.done_panel.set(panel)
+            self.num_done.set(code.smaller(left, code.integer(PANEL)))
+            self.side.set(PANEL * PANEL - self.side.get())
+        self._finish(code.integer(0), self.num_done.get())
+
+    def _shape(self, num_rows: Value) -> None:
+        """As high as there are rows, for a block that is not full."""
+        self.registers.shape(self.code.choose(num_rows >= PANEL, self.code.arguments[11], self.code.arguments[12]))
+
+    def _multiply_tiles(self, row: Value, panel: Value, halves: int, line: Value, stop_line: Value) -> None:
+        """16 rows, or 32, with a panel."""
+        code, registers = self.code, self.registers
+        rows_per_step = (self.num_steps + (PANEL - 1)) // self.num_steps  # so that all are done in time
+        num_done = self.num_done.get()
+        ahead = self.weights + (code.smaller(panel + 1, self.stop_panel - 1) * self.num_inputs) * PANEL
+        for number in range(2 * halves):
+            registers.zero(number)
+        with code.loop(self.num_steps) as step:
+            rows = self.rows + (row * self.num_inputs + step * STEP)
+            weights = self.weights + (panel * self.num_inputs + step * STEP) * PANEL
+            for side in range(2):
+                registers.load(6 + side, weights + side * (STEP * LANES), 2 * STEP)
+            for half in range(halves):
+                registers.load(4 + half, rows + self.num_inputs * (half * LANES), self.num_inputs * 2)
+                for side in range(2):
+                    registers.multiply(2 * half + side, 4 + half, 6 + side)
+            with code.loop(stop_line, line) as each:
+                ahead.prefetch(step * (STEP * PANEL) + each * STEP)
+            first = step * rows_per_step
+            self._finish(first, code.smaller(first + rows_per_step, num_done))
+        results = self.results + self.side.get()
+        for number in range(2 * halves):
+            half, side = divmod(number, 2)
+            registers.store(number, results + (half * PANEL + side) * LANES, 4 * PANEL)
+
+    def _finish(self, first: Value, stop: Value) -> None:
+        """Store what becomes of the results that wait, from one of their rows up to another."""
+        code = self.code
+        waiting = self.results + (PANEL * PANEL - self.side.get())
+        row, panel = self.done_row.get(), self.done_panel.get()
+        with code.loop(stop, first) as each:
+            sums = [waiting.vector(each * PANEL + place) for place in range(0, PANEL, LANES)]
+            self._store(row + each, panel, sums)
+
+    def _store(self, row: Value, panel: Value, results: list[Value]) -> None:
         code = self.code
         if self.has_bias:
             bias = code.tensor(4, torch.float32) + panel * PANEL
@@ -155,38 +248,3 @@ class _Product:
         out = code.tensor(3, torch.bfloat16) + begin
         for place, result in enumerate(results):
             out.put(place * LANES, result)
-
-
-def _multiply(product: _Product, row: Value, first: Value, stop: Value) -> None:
-    """32 rows, or the last ones in tiles that are as high as there are rows, with one panel after the other."""
-    code = product.code
-    registers, left = Tiles(code), code.arguments[6] - row
-    results = code.scratch(PANEL * PANEL)
-    is_full = left >= PANEL
-    registers.shape(code.choose(is_full, code.arguments[11], code.arguments[12]))
-    num_rows = code.choose(is_full, code.integer(PANEL), left)
-    for halves in (1, 2):
-        with code.when(left > LANES if halves == 2 else left < LANES + 1), code.loop(stop, first) as panel:
-            _multiply_tiles(registers, product, row, panel, halves)
-            for number in range(2 * halves):
-                half, side = divmod(number, 2)
-                registers.store(number, results + (half * PANEL + side) * LANES, 4 * PANEL)
-            with code.loop(num_rows) as each:
-                sums = [results.vector(each * PANEL + place) for place in range(0, PANEL, LANES)]
-                product.finish(row + each, panel, sums)
-
-
-def _multiply_tiles(registers: Tiles, product: _Product, row: Value, panel: Value, halves: int) -> None:
-    """16 rows, or 32, with a panel. It passes by: rows are what the nearest cache had better keep."""
-    code = registers.code
-    for number in range(2 * halves):
-        registers.zero(number)
-    with code.loop(product.num_inputs // STEP) as step:
-        rows = product.rows + (row * product.num_inputs + step * STEP)
-        weights = product.weights + (panel * product.num_inputs + step * STEP) * PANEL
-        for side in range(2):
-            registers.load(6 + side, weights + side * (STEP * LANES), 2 * STEP, passing=True)
-        for half in range(halves):
-            registers.load(4 + half, rows + product.num_inputs * (half * LANES), product.num_inputs * 2)
-            for side in range(2):
-                registers.multiply(2 * half + side, 4 + half, 6 + side)

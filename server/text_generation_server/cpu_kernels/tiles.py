@@ -53,10 +53,10 @@ class Tiles:
     def zero(self, tile: int) -> None:
         self.code.call("llvm.x86.tilezero", _kind("t"), _tile(tile))
 
-    def load(self, tile: int, place: Pointer, row_bytes: Value | int, *, passing: bool = False) -> None:
-        """``passing``: what else is in the nearest cache had better stay there."""
-        name = "llvm.x86.tileloaddt164" if passing else "llvm.x86.tileloadd64"
-        self.code.call(name, _kind("tpi"), _tile(tile), place.address, self.code.integer(row_bytes).ir)
+    def load(self, tile: int, place: Pointer, row_bytes: Value | int) -> None:
+        self.code.call(
+            "llvm.x86.tileloadd64", _kind("tpi"), _tile(tile), place.address, self.code.integer(row_bytes).ir
+        )
 
     def store(self, tile: int, place: Pointer, row_bytes: int) -> None:
         row = self.code.integer(row_bytes).ir

@@ -137,18 +137,18 @@ def test_a_unit_has_any_number_of_panels(
     epilogue: Epilogue, rows: int, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """7 panels, 14 when gated: the last unit has fewer of them."""
-    monkeypatch.setattr(tiled_product, "PANELS_BYTES", together * 2 * PANEL * 96)
+    monkeypatch.setattr(tiled_product, "PANELS_PER_UNIT", together)
     monkeypatch.setattr(tiled_product, "UNITS_PER_THREAD", 1)
     torch.manual_seed(1)
     weights(7 * PANEL, 96).check(rows, epilogue)
 
 
 @needs_tiles
-def test_the_longest_rows_are_multiplied_panel_by_panel() -> None:
-    num_inputs = tiled_product.PANELS_BYTES // 32
+@pytest.mark.parametrize(("num_inputs", "rows_per_unit"), [(4096, 128), (8192, 64), (16384, 32), (32768, 32)])
+def test_of_long_rows_a_unit_has_fewer(num_inputs: int, rows_per_unit: int) -> None:
     torch.manual_seed(1)
-    assert weights(96, num_inputs).product(Epilogue.NONE).panels_per_unit == 1
-    weights(96, num_inputs).check(70, Epilogue.NONE)
+    assert weights(96, num_inputs).product(Epilogue.NONE).rows_per_unit == rows_per_unit
+    weights(96, num_inputs).check(150, Epilogue.NONE)
 
 
 @needs_tiles
