@@ -82,6 +82,7 @@ class FakeShard(TextGenerationServicer):
             incarnation=1,
             epoch=self.epoch,
             num_sequences=len(self.sequences),
+            num_blocks=self.num_blocks if self.warmups else 0,
             last_progress_ns=int(self.progress_age_s * 1e9),
         )
 

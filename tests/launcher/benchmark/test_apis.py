@@ -1,9 +1,9 @@
-"""`bench.apis` reads the events that the servers were seen to send."""
+"""Bodies that servers take, and the events that they were seen to send."""
 
 import json
 
 import pytest
-from bench.apis import APIS, Piece, Usage
+from text_generation_launcher.benchmark.apis import Api, Extras, Piece, Usage, chat, completions, native
 
 TOKEN = {"id": 7, "text": " a", "logprob": -1.0, "special": False}
 DETAILS = {"finish_reason": "length", "generated_tokens": 64, "seed": None, "input_length": 128}
