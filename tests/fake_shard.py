@@ -56,6 +56,7 @@ class FakeShard(TextGenerationServicer):
     sequences: dict[int, EchoSequence] = field(default_factory=dict)
     warmups: list[pb.WarmupRequest] = field(default_factory=list)
     num_steps: int = 0
+    last_unary_step: int = 0
 
     async def Info(self, request: pb.InfoRequest, context: Any) -> pb.InfoResponse:
         return pb.InfoResponse(
@@ -93,6 +94,7 @@ class FakeShard(TextGenerationServicer):
     async def ClearCache(self, request: pb.ClearCacheRequest, context: Any) -> pb.ClearCacheResponse:
         assert request.epoch > self.epoch
         self.epoch = request.epoch
+        self.last_unary_step = 0
         self.sequences.clear()
         return pb.ClearCacheResponse()
 
@@ -106,6 +108,24 @@ class FakeShard(TextGenerationServicer):
             if self.gate is not None:
                 await self.gate.wait()
             yield self.run(step)
+
+    async def Prefill(self, request: pb.PrefillRequest, context: Any) -> pb.StepResult:
+        return await self._run_alone(
+            pb.StepRequest(epoch=request.epoch, step_id=request.step_id, prefill=request.prefill)
+        )
+
+    async def Decode(self, request: pb.DecodeRequest, context: Any) -> pb.StepResult:
+        return await self._run_alone(
+            pb.StepRequest(epoch=request.epoch, step_id=request.step_id, decode=request.decode, drops=request.drops)
+        )
+
+    async def _run_alone(self, step: pb.StepRequest) -> pb.StepResult:
+        if step.epoch == self.epoch:
+            assert step.step_id == self.last_unary_step + 1
+            self.last_unary_step = step.step_id
+        if self.gate is not None:
+            await self.gate.wait()
+        return self.run(step)
 
     def run(self, step: pb.StepRequest) -> pb.StepResult:
         self.num_steps += 1

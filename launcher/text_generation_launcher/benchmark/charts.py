@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -53,9 +54,12 @@ def histogram(values: Sequence[float], width: int, height: int, style: str) -> l
 
 
 def bins(values: Sequence[float], most: int) -> tuple[list[int], list[float]]:
-    """Counts of at most ``most`` equal ranges from the lowest to the highest value, and where each begins."""
+    """Counts of equal ranges from the lowest to the highest value, and where each begins.
+
+    At most ``most`` ranges, and few of few values: a histogram of gaps says nothing.
+    """
     low, high = min(values), max(values)
-    number = most if high > low else 1
+    number = min(most, math.ceil(2 * math.sqrt(len(values)))) if high > low else 1
     size = (high - low) / number
     counts = [0] * number
     for value in values:

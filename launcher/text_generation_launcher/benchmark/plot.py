@@ -50,15 +50,16 @@ def _draw_latency(axes: Any, results: Sequence[BatchResult], latency: str, name:
 
 
 def _draw_trade(axes: Any, results: Sequence[BatchResult], latency: str, rate: str, name: str) -> None:
-    """What a batch size gains in throughput, and what it costs in latency."""
+    """What a batch size gains in throughput on average, and what it costs in median latency."""
     points = [
-        (result.batch_size, time.average * 1e3, speed.average)
+        (result.batch_size, time.p50 * 1e3, speed.average)
         for result in results
         if (time := summarise(LATENCIES[latency](result))) and (speed := summarise(RATES[rate](result)))
     ]
     axes.plot([x for _, x, _ in points], [y for _, _, y in points], marker="o", color="tab:orange")
     for size, x, y in points:
         axes.annotate(str(size), (x, y), textcoords="offset points", xytext=(5, 6))
-    axes.set(title=f"{name}: throughput by latency, for each batch size", xlabel="ms", ylabel="tokens/s")
+    axes.set(title=f"{name}: throughput by latency, for each batch size", xlabel="ms, p50", ylabel="tokens/s")
+    axes.margins(0.1)  # room for the labels
     axes.set(xlim=(0, None), ylim=(0, None))
     axes.grid(alpha=0.3)

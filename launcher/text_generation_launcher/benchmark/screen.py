@@ -20,6 +20,7 @@ SIDE_BY_SIDE = 76
 _LEAST_HISTOGRAM, _LEAST_CHART = 3, 6
 _STATISTICS = 3
 _BORDER = 2
+_DOING_WIDTH = len("warm-up 1 of 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,7 @@ def split_room(room: int, *, side_by_side: bool) -> tuple[int, int]:
 
 
 def _progress_row(name: str, share: float, text: str, style: str, width: int) -> Text:
-    bar_width = width - 16 - len(text) - 9
+    bar_width = width - 16 - max(len(text), _DOING_WIDTH) - 9
     row = Text(f"{name:<15} ")
     if bar_width >= 8:
         row.append(bar(share, bar_width), style=style).append("▏", style="dim")
@@ -182,9 +183,9 @@ def _statistics(step: Step, result: BatchResult, width: int) -> list[Text]:
 
 
 def _chart(step: Step, results: Sequence[BatchResult], width: int, height: int) -> list[Text]:
-    """Throughput by latency, a point for each batch size."""
+    """Average throughput by median latency, a point for each batch size."""
     points = [
-        Point(latency.average * 1e3, rate.average, str(result.batch_size))
+        Point(latency.p50 * 1e3, rate.average, str(result.batch_size))
         for result in results
         if (latency := step.latency(result)) and (rate := step.rate(result))
     ]

@@ -22,8 +22,8 @@ from text_generation_launcher.sockets import launched_sockets
 DEFAULT_SOCKET = Path("/tmp/text-generation-server-0")
 """Of `text-generation-server serve` without `--uds-path`, as in TGI."""
 IN_USE = (
-    "This shard belongs to a launched server: what its router is asked during the benchmark fails, here or there, and "
-    "the first request behind it is answered with an error before the router goes on."
+    "This shard belongs to a launched server: a request to its router during the benchmark ends one of the two with an "
+    "error, and the first request behind it gets an error as well."
 )
 
 
