@@ -7,6 +7,8 @@ import contextlib
 import enum
 import os
 import sys
+import termios
+import tty
 from collections.abc import Callable
 from typing import Any
 
@@ -40,33 +42,45 @@ def parse(data: bytes) -> list[Key]:
 
 
 class Keyboard:
-    """Reads standard input from its making to ``close``, if that is the terminal of this process."""
+    """Reads from the terminal of standard input, if it is one, from its making to ``close``."""
 
     def __init__(self, press: Callable[[Key], None]) -> None:
         self._press = press
-        self._descriptor = sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else None
-        self._settings: list[Any] | None = None
-        if self._descriptor is None:
-            return
-        import termios
-        import tty
-
-        with contextlib.suppress(termios.error):
+        self._descriptor: int | None = None
+        self._settings: list[Any] = []
+        # A background job would be stopped for touching the terminal's settings; without a terminal there are no keys.
+        with contextlib.suppress(OSError, ValueError, AttributeError, termios.error):
+            stdin = sys.stdin.fileno()
+            if not os.isatty(stdin) or os.tcgetpgrp(stdin) not in (0, os.getpgrp()):
+                return
+            # Opened anew: an event loop makes what it reads from non-blocking, and standard input is often the same
+            # open file as standard error, which would then lose what the terminal does not take at once.
+            self._descriptor = os.open(os.ttyname(stdin), os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK)
             self._settings = termios.tcgetattr(self._descriptor)
             tty.setcbreak(self._descriptor)  # Ctrl-C stays a signal
             asyncio.get_running_loop().add_reader(self._descriptor, self._read)
 
     def close(self) -> None:
         """Give the terminal back as it was."""
-        if self._settings is None or self._descriptor is None:
+        if self._descriptor is None:
             return
-        import termios
-
         asyncio.get_running_loop().remove_reader(self._descriptor)
-        termios.tcsetattr(self._descriptor, termios.TCSADRAIN, self._settings)
-        self._settings = None
+        if self._settings:
+            with contextlib.suppress(termios.error):  # the terminal is gone
+                termios.tcsetattr(self._descriptor, termios.TCSADRAIN, self._settings)
+        os.close(self._descriptor)
+        self._descriptor = None
 
     def _read(self) -> None:
-        assert self._descriptor is not None
-        for key in parse(os.read(self._descriptor, 64)):
+        if self._descriptor is None:
+            return
+        try:
+            data = os.read(self._descriptor, 64)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:  # the terminal is gone: a reader would be called for ever
+            asyncio.get_running_loop().remove_reader(self._descriptor)
+        for key in parse(data):
             self._press(key)

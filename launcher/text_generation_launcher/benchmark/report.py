@@ -28,6 +28,8 @@ def benchmark(flags: Flags) -> int:
     except BenchmarkError as error:
         _say(f"Error: {error}")
         return End.FAILED.value
+    except KeyboardInterrupt:  # a second one, that does not wait for an orderly end
+        return End.INTERRUPTED.value
     if session.end is End.INTERRUPTED:
         _say("Stopped before the end.")
     return session.end.value

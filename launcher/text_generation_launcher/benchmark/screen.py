@@ -20,6 +20,8 @@ SIDE_BY_SIDE = 76
 _LEAST_HISTOGRAM, _LEAST_CHART = 3, 6
 _STATISTICS = 3
 _BORDER = 2
+_NOTES_FROM = 20
+"""Rows of a terminal that has room for notes; they stand under the tables again."""
 _DOING_WIDTH = len("warm-up 1 of 1")
 
 
@@ -76,7 +78,7 @@ class Screen:
 
     def rows(self, width: int, height: int) -> list[Text]:
         """Exactly ``height`` rows of at most ``width`` characters."""
-        head = [*self._head(width), self._tabs(width)]
+        head = [*self._head(width, with_notes=height >= _NOTES_FROM), self._tabs(width)]
         foot = self._foot(width)
         room = height - len(head) - 1
         body = self._body(width, room) if room > 0 else []
@@ -86,12 +88,14 @@ class Screen:
             row.truncate(width, overflow="ellipsis")
         return [*rows, foot][-height:] if height else []
 
-    def _head(self, width: int) -> list[Text]:
+    def _head(self, width: int, *, with_notes: bool) -> list[Text]:
         progress, description = self.progress, self.progress.description
         title = Text(NAME, style="bold")
         title.append(f"  {description.model}", style="default")
         about = Text(f"{description.line} · {description.address}", style="dim")
         rows = [title, about]
+        if with_notes:
+            rows += [Text(f"Note: {note}", style="yellow") for note in description.notes]
         name = f"Batch size {progress.batch_size}" if progress.batch_size is not None else "All batch sizes"
         share = progress.total_share if progress.batch_size is None else progress.share(progress.batch_size)
         rows.append(_progress_row("Total", progress.total_share, clock(progress.elapsed_s), "green", width))
