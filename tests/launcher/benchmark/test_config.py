@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
-from text_generation_launcher.benchmark import config
 from text_generation_launcher.benchmark.config import ApiName, Flags, Sampling, ServerAddress, ShardAddress, resolve
 from text_generation_launcher.benchmark.errors import BenchmarkError
 
@@ -87,7 +87,7 @@ def test_refusals(flags: dict[str, Any], message: str) -> None:
 def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BenchmarkError, match=r'pip install "text-generation-inference\[benchmark\]"'):
         resolve(Flags(plot=str(tmp_path / "x.png")))
 

@@ -13,6 +13,7 @@ from text_generation_launcher.benchmark import shard_target
 from text_generation_launcher.benchmark.config import Flags, Sampling, ShardAddress, resolve
 from text_generation_launcher.benchmark.errors import BenchmarkError
 from text_generation_launcher.benchmark.shard_target import ShardTarget, find_socket, sampling_parameters
+from text_generation_proto.v1 import generate_pb2 as pb
 
 
 def nothing() -> None:
@@ -65,9 +66,14 @@ async def test_every_rank_gets_every_step(tmp_path: Path, tokenizer_folder: Path
 
 async def test_sampling_reaches_the_shard(tmp_path: Path, tokenizer_folder: Path) -> None:
     shard = alone(tokenizer_folder)
-    seen = []
+    seen: list[pb.StepRequest] = []
     run = shard.run
-    shard.run = lambda step: (seen.append(step), run(step))[1]  # type: ignore[method-assign]
+
+    def record(step: pb.StepRequest) -> pb.StepResult:
+        seen.append(step)
+        return run(step)
+
+    shard.run = record  # type: ignore[method-assign]
     async with serve_fake_shards(tmp_path, shard) as path:
         target = await opened(path, top_p=0.5, temperature=0.25, top_n_tokens=3, batch_size=[1])
         await target.run(1, nothing)

@@ -63,7 +63,7 @@ def test_what_was_not_measured_is_a_dash(make_run: Callable[..., Run]) -> None:
 
 def test_every_parameter_is_listed(make_progress: Callable[..., Progress]) -> None:
     progress = make_progress(temperature=0.5, top_n_tokens=2)
-    rows = dict(map(tuple, cells(parameter_table(progress.config, progress.description))))
+    rows = {name: value for name, value in cells(parameter_table(progress.config, progress.description))}
     for name in ("Model", "Sequence Length", "Decode Length", "N Runs", "Warmups", "Top K", "Top P", "Typical P"):
         assert name in rows
     assert (rows["Temperature"], rows["Top N Tokens"], rows["Do Sample"]) == ("0.5", "2", "false")
