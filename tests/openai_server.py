@@ -17,7 +17,8 @@ class OpenAIServer:
     """Attributes are knobs for tests; set them before or while it runs."""
 
     routes: tuple[str, ...] = ("/v1/completions", "/v1/chat/completions")
-    model: dict[str, Any] = field(default_factory=lambda: {"id": "tiny"})
+    model: dict[str, Any] | None = field(default_factory=lambda: {"id": "tiny"})
+    """The one that it lists; None: it has no list."""
     known: set[str] | None = None
     """Fields that it takes; others are a 400. None: all."""
     counts: bool = True
@@ -44,7 +45,7 @@ class OpenAIServer:
             body = await reader.readexactly(int(headers.get("content-length", 0)))
             if self.api_key is not None and headers.get("authorization") != f"Bearer {self.api_key}":
                 _reply(writer, 401, {"error": "no key"})
-            elif (method, path) == ("GET", "/v1/models"):
+            elif (method, path) == ("GET", "/v1/models") and self.model is not None:
                 _reply(writer, 200, {"object": "list", "data": [self.model]})
             elif (method, path) == ("GET", "/version"):
                 _reply(writer, 200, {"version": "0.1"})

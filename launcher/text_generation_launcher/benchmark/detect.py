@@ -60,10 +60,12 @@ async def detect(connection: Connection, address: ServerAddress, config: Benchma
         if address.api is ApiName.NATIVE:
             raise BenchmarkError(f"{connection.url}/info is not TGI's: leave `--api native` out")
     models = _models(await connection.ask("/v1/models"))
+    if models is None and address.model is not None:
+        models = {address.model: {}}  # a list is convenient, not necessary
     if models is None:
         raise BenchmarkError(
-            f"{connection.url} is no server of TGI's API (/info) or OpenAI's (/v1/models); check the address, "
-            "which may need a path in front of these"
+            f"{connection.url} is no server of TGI's API (/info) or OpenAI's (/v1/models): check the address, "
+            "which may need a path in front of these, or name the --model of a server that lists none"
         )
     model = address.model or next(iter(models), "")
     if model not in models:

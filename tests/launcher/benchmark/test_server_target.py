@@ -114,6 +114,14 @@ async def test_what_cannot_be_measured_is_refused_first(
     assert message in str(refused.value)
 
 
+async def test_a_server_without_a_list_of_models(open_target: Any) -> None:
+    async with serving_openai(OpenAIServer(model=None)) as url:
+        with pytest.raises(BenchmarkError, match="or name the --model of a server that lists none"):
+            await open_target(url)
+        target = await open_target(url, model="unlisted")
+        assert target.description.model == "unlisted"
+
+
 async def test_the_right_key_opens(open_target: Any) -> None:
     async with serving_openai(OpenAIServer(api_key="k")) as url:
         target = await open_target(url, api_key="k")
