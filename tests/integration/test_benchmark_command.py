@@ -142,8 +142,6 @@ def test_the_shard_of_a_launched_server(tmp_path: Path) -> None:
         out, err = benchmark("-m", f"{path}-0", *small())
         assert "Note: This shard belongs to a launched server" in err
         assert "This shard belongs to a launched server" in out
-        with server.shards_frozen():
-            pass
         assert server.client.post("/generate", json={"inputs": "x"}).status_code == 424
         assert generate(server, "What is 12 + 30?", max_new_tokens=5) == before
         _, err = benchmark("-m", f"{path}-0", "-b", "1", "-s", "8", "-d", "1", "-r", "1")

@@ -32,7 +32,7 @@ class View(Protocol):
     def close(self) -> None: ...
 
 
-MakeView = Callable[[Progress, Callable[[], None]], View]
+MakeView = Callable[[Progress, Callable[[], object]], View]
 """Of the progress, and of what to call when the user wants to stop."""
 
 
@@ -64,7 +64,7 @@ async def run(config: BenchmarkConfig, make_view: MakeView) -> Session:
         try:
             target = await open_target(config)
             progress = Progress(config, target.description)
-            with contextlib.closing(make_view(progress, lambda: _cancel(task))) as view:
+            with contextlib.closing(make_view(progress, task.cancel)) as view:
                 await measure(target, progress, view)
         except asyncio.CancelledError:
             task.uncancel()
@@ -98,10 +98,6 @@ async def measure(target: Target, progress: Progress, view: View) -> None:
             view.draw()
         progress.finish()
         view.draw()
-
-
-def _cancel(task: asyncio.Task[None] | asyncio.Task[Session]) -> None:
-    task.cancel()
 
 
 @contextlib.contextmanager

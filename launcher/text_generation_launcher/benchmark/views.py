@@ -19,7 +19,7 @@ DRAW_EVERY_S = 0.2
 LINE_EVERY_S = 5.0
 
 
-def make_view(progress: Progress, stop: Callable[[], None]) -> FullScreen | Lines:
+def make_view(progress: Progress, stop: Callable[[], object]) -> FullScreen | Lines:
     """Standard error is where progress goes: tables and JSON have standard output for themselves."""
     console = Console(stderr=True, highlight=False)
     if console.is_terminal and not console.is_dumb_terminal:
@@ -30,7 +30,7 @@ def make_view(progress: Progress, stop: Callable[[], None]) -> FullScreen | Line
 class FullScreen:
     """Drawn on the alternate screen, so that nothing of it is left behind."""
 
-    def __init__(self, progress: Progress, stop: Callable[[], None], console: Console) -> None:
+    def __init__(self, progress: Progress, stop: Callable[[], object], console: Console) -> None:
         self._screen = Screen(progress)
         self._stop = stop
         # Without a thread of its own: it would draw while something is timed.

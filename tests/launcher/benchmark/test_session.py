@@ -23,7 +23,7 @@ CONFIG = resolve(Flags(batch_size=[1, 4], runs=3, warmups=2))
 @dataclass
 class FakeTarget:
     make_run: Callable[..., Run]
-    on_run: Callable[[int], None] = lambda number: None
+    on_run: Callable[[int], object] = lambda number: None
     description: Description = field(
         default_factory=lambda: Description(kind="fake", address="nowhere", model="m", details={})
     )
@@ -44,7 +44,7 @@ class FakeTarget:
 @dataclass
 class FakeView:
     progress: Progress
-    stop: Callable[[], None]
+    stop: Callable[[], object]
     shares: list[float] = field(default_factory=list)
     is_closed: bool = False
 
@@ -66,7 +66,7 @@ class Bench:
     async def run(self) -> session.Session:
         return await session.run(CONFIG, self.make_view)
 
-    def make_view(self, progress: Progress, stop: Callable[[], None]) -> FakeView:
+    def make_view(self, progress: Progress, stop: Callable[[], object]) -> FakeView:
         self.views.append(FakeView(progress, stop))
         return self.views[-1]
 
