@@ -175,8 +175,8 @@ async def _make_room(group: ShardGroup, config: BenchmarkConfig) -> None:
     info, healths = group.info, await group.health()
     if running := max(health.num_sequences for health in healths):
         raise BenchmarkError(
-            f"{running} sequences are running on this shard, and a benchmark would end them: wait until its server is "
-            "idle, or measure the server as it is with --url"
+            f"this shard is at work on {running} sequences of others, which a benchmark would end: wait until its server "
+            "is idle, or measure the server as it is with --url"
         )
     batch_size = config.batch_sizes[-1]
     needed = batch_size * _blocks_of_one(config, info.block_size)
@@ -207,8 +207,9 @@ async def _make_room(group: ShardGroup, config: BenchmarkConfig) -> None:
             )
         )
     except BenchmarkError as error:
+        reason = str(error).partition("; decrease")[0]  # the shard's remedy is for a launcher's flags
         raise BenchmarkError(
-            f"{batch} does not fit: choose a smaller --batch-size, --sequence-length or --decode-length ({error})"
+            f"{batch} does not fit: choose a smaller --batch-size, --sequence-length or --decode-length ({reason})"
         ) from None
 
 

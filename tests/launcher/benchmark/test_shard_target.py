@@ -103,7 +103,7 @@ async def test_the_cache_of_a_launched_server_stays_as_it_is(tmp_path: Path, tok
         with pytest.raises(BenchmarkError, match="needs 10 blocks of KV cache, this server has 8: choose a smaller"):
             await opened(path, batch_size=[2], sequence_length=10, decode_length=8)
         shard.sequences[1] = None  # type: ignore[assignment]
-        with pytest.raises(BenchmarkError, match="1 sequences are running on this shard"):
+        with pytest.raises(BenchmarkError, match="at work on 1 sequences of others"):
             await opened(path, batch_size=[1])
 
 
