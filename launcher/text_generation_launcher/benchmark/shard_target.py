@@ -175,8 +175,8 @@ async def _make_room(group: ShardGroup, config: BenchmarkConfig) -> None:
     info, healths = group.info, await group.health()
     if running := max(health.num_sequences for health in healths):
         raise BenchmarkError(
-            f"this shard is at work on {running} sequences of others, which a benchmark would end: wait until its server "
-            "is idle, or measure the server as it is with --url"
+            f"this shard is at work on {running} sequences of others, which a benchmark would end: wait until its "
+            "server is idle, or measure the server as it is with --url"
         )
     batch_size = config.batch_sizes[-1]
     needed = batch_size * _blocks_of_one(config, info.block_size)
