@@ -59,6 +59,7 @@ class FakeShard(TextGenerationServicer):
     num_steps: int = 0
     kv: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """What each slot holds of a token depends on it and on all before it: so here they are."""
+    last_unary_step: int = 0
 
     async def Info(self, request: pb.InfoRequest, context: Any) -> pb.InfoResponse:
         return pb.InfoResponse(
@@ -85,6 +86,7 @@ class FakeShard(TextGenerationServicer):
             incarnation=1,
             epoch=self.epoch,
             num_sequences=len(self.sequences),
+            num_blocks=self.num_blocks if self.warmups else 0,
             last_progress_ns=int(self.progress_age_s * 1e9),
         )
 
@@ -95,6 +97,7 @@ class FakeShard(TextGenerationServicer):
     async def ClearCache(self, request: pb.ClearCacheRequest, context: Any) -> pb.ClearCacheResponse:
         assert request.epoch > self.epoch
         self.epoch = request.epoch
+        self.last_unary_step = 0
         self.sequences.clear()
         self.kv.clear()
         return pb.ClearCacheResponse()
@@ -109,6 +112,24 @@ class FakeShard(TextGenerationServicer):
             if self.gate is not None:
                 await self.gate.wait()
             yield self.run(step)
+
+    async def Prefill(self, request: pb.PrefillRequest, context: Any) -> pb.StepResult:
+        return await self._run_alone(
+            pb.StepRequest(epoch=request.epoch, step_id=request.step_id, prefill=request.prefill)
+        )
+
+    async def Decode(self, request: pb.DecodeRequest, context: Any) -> pb.StepResult:
+        return await self._run_alone(
+            pb.StepRequest(epoch=request.epoch, step_id=request.step_id, decode=request.decode, drops=request.drops)
+        )
+
+    async def _run_alone(self, step: pb.StepRequest) -> pb.StepResult:
+        if step.epoch == self.epoch:
+            assert step.step_id == self.last_unary_step + 1
+            self.last_unary_step = step.step_id
+        if self.gate is not None:
+            await self.gate.wait()
+        return self.run(step)
 
     def run(self, step: pb.StepRequest) -> pb.StepResult:
         self.num_steps += 1

@@ -84,6 +84,22 @@ def socket_path(given: str | None, num_shard: int) -> Iterator[str]:
             os.close(lock)
 
 
+def launched_sockets() -> list[Path]:
+    """Sockets of rank 0 in the private folders of this user's running launches."""
+    folders = {Path(tempfile.gettempdir()).absolute(), Path("/tmp")}
+    found = [path for folder in folders for path in folder.glob(f"{_PREFIX}*/{_PRIVATE_NAME}-0")]
+    return sorted(path for path in found if path.stat().st_uid == os.getuid() and _is_listened_to(path))
+
+
+def _is_listened_to(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
 def _lock(folder: Path) -> int | None:
     """A descriptor that holds the folder's lock; None where another process has it, or the folder is not ours."""
     try:
@@ -140,10 +156,7 @@ def _remove_stale(path: Path) -> None:
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise CannotListen(f"Cannot make the socket {path}: {path.parent} is missing or not writable")
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError:
-            path.unlink(missing_ok=True)
-            return
+    if not _is_listened_to(path):
+        path.unlink(missing_ok=True)
+        return
     raise CannotListen(f"The socket {path} belongs to a running server: choose another --shard-uds-path")

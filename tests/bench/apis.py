@@ -1,68 +1,10 @@
-"""How to ask each kind of server for an exact number of greedy tokens, and how to read its events."""
+"""The routes of the servers that `compare.py` compares, asked for an exact number of greedy tokens."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    prompt_tokens: int
-    output_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What one event says."""
-
-    has_token: bool = False
-    usage: Usage | None = None
-    error: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Api:
-    """A streaming route: how to ask it for `n` greedy tokens, and how to read its events."""
-
-    path: str
-    body: Callable[[str, int], dict[str, Any]]
-    read: Callable[[dict[str, Any]], Piece]
-
-
-def native_body(prompt: str, output_tokens: int) -> dict[str, Any]:
-    parameters = {"max_new_tokens": output_tokens, "do_sample": False, "details": True}
-    return {"inputs": prompt, "parameters": parameters}
-
-
-def read_native(event: dict[str, Any]) -> Piece:
-    if "error" in event:
-        return Piece(error=str(event["error"]))
-    details = event.get("details")
-    usage = Usage(details["input_length"], details["generated_tokens"]) if details else None
-    return Piece(has_token="token" in event, usage=usage)
-
-
-def transformers_body(prompt: str, output_tokens: int) -> dict[str, Any]:
-    """It refuses fields that it does not know and sends usage unasked."""
-    return {"prompt": prompt, "max_tokens": output_tokens, "temperature": 0, "stream": True}
-
-
-def completions_body(prompt: str, output_tokens: int) -> dict[str, Any]:
-    exact_length = {"ignore_eos": True, "min_tokens": output_tokens, "stream_options": {"include_usage": True}}
-    return transformers_body(prompt, output_tokens) | exact_length
-
-
-def read_completions(event: dict[str, Any]) -> Piece:
-    if event.get("error"):
-        return Piece(error=str(event["error"]))
-    choices, counts = event.get("choices") or [], event.get("usage")
-    has_token = bool(choices) and (bool(choices[0]["text"]) or choices[0].get("finish_reason") is None)
-    usage = Usage(counts["prompt_tokens"], counts["completion_tokens"]) if counts else None
-    return Piece(has_token=has_token, usage=usage)
-
+from text_generation_launcher.benchmark.apis import Extras, completions, native
 
 APIS = {
-    "native": Api("/generate_stream", native_body, read_native),
-    "completions": Api("/v1/completions", completions_body, read_completions),
-    "transformers": Api("/v1/completions", transformers_body, read_completions),
+    "native": native(),
+    "completions": completions(),
+    # It refuses fields that it does not know and sends usage unasked.
+    "transformers": completions(extras=Extras.NONE),
 }

@@ -18,10 +18,11 @@ from typing import Any
 
 import psutil
 import uvloop
+from text_generation_launcher.benchmark.outcome import send
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.load import closed_loop, measure, numbers, prompts_of, send
+from bench.load import closed_loop, measure, numbers, prompts_of
 from bench.report import Report, WrongLength
 from bench.servers import KINDS, Places, Server, ServerFailed, ServerKind, end_cleanly_on_sigterm, running, version
 from bench.tables import write_results

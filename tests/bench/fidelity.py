@@ -14,11 +14,12 @@ from itertools import islice
 from pathlib import Path
 
 import uvloop
+from text_generation_launcher.benchmark.http_client import exchange_events
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.apis import APIS
-from bench.load import closed_loop, exchange_events, prompts_of
+from bench.load import closed_loop, prompts_of
 
 NATIVE = APIS["native"]
 LIMIT_S = 900

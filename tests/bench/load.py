@@ -14,108 +14,21 @@ import sys
 import sysconfig
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar, cast
-from urllib.parse import urlsplit
+from typing import TypeVar
 
 import uvloop
+from text_generation_launcher.benchmark.apis import Api
+from text_generation_launcher.benchmark.outcome import send
 from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.apis import APIS, Api
-from bench.report import End, Outcome, Report, summarise
-from bench.sse import ProtocolError, SseReader
+from bench.apis import APIS
+from bench.report import Report, summarise
 
-HOST = "127.0.0.1"
 Result = TypeVar("Result")
-
-
-@dataclass(slots=True)
-class Exchange(asyncio.Protocol):
-    """One request on one connection. Keeps events as they came; they are parsed when it is over."""
-
-    request: bytes
-    done: "asyncio.Future[None]"
-    reader: SseReader = field(default_factory=SseReader)
-    events: list[tuple[float, bytes]] = field(default_factory=list)
-    error: str | None = None
-    transport: asyncio.Transport | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one without inheriting it
-        self.transport.write(self.request)
-
-    def data_received(self, data: bytes) -> None:
-        now = time.perf_counter()
-        try:
-            self.events += [(now, payload) for payload in self.reader.feed(data)]
-        except (ProtocolError, ValueError) as error:
-            self._finish(f"{type(error).__name__}: {error}")
-        if self.reader.ended:
-            self._finish(None)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._finish(None if exc is None else f"{type(exc).__name__}: {exc}")
-
-    def _finish(self, error: str | None) -> None:
-        if not self.done.done():
-            self.error = error
-            self.done.set_result(None)
-
-
-def judge(api: Api, exchange: Exchange, start: float, end: float) -> Outcome:
-    """What became of a request: its events, parsed."""
-    outcome = Outcome(start=start, end=end, kind=End.OK)
-    if exchange.error is not None or exchange.reader.status is None:
-        outcome.kind, outcome.detail = End.CONN_ERROR, exchange.error or "closed without an answer"
-        return outcome
-    if exchange.reader.status != 200:
-        outcome.kind = End.HTTP_ERROR
-        outcome.detail = f"{exchange.reader.status} {exchange.reader.body[:200].decode(errors='replace')}"
-        return outcome
-    for at, payload in exchange.events:
-        if payload == b"[DONE]":
-            continue
-        piece = api.read(json.loads(payload))
-        if piece.error is not None:
-            outcome.kind, outcome.detail = End.SSE_ERROR, piece.error
-            return outcome
-        if piece.has_token:
-            outcome.token_times.append(at)
-        outcome.usage = piece.usage or outcome.usage
-    if outcome.usage is None or not outcome.token_times:
-        outcome.kind, outcome.detail = End.CONN_ERROR, "the stream ended early"
-    return outcome
-
-
-async def send(url: str, api: Api, prompt: str, output_tokens: int, limit_s: float = 900) -> Outcome:
-    return judge(api, *await exchange_events(url, api.path, api.body(prompt, output_tokens), limit_s))
-
-
-async def exchange_events(url: str, path: str, body: dict[str, Any], limit_s: float) -> tuple[Exchange, float, float]:
-    """Send one request, wait until it is over; the exchange, its start and its end."""
-    address = urlsplit(url)
-    loop = asyncio.get_running_loop()
-    exchange = Exchange(http_request(address.netloc, path, body), loop.create_future())
-    start = time.perf_counter()
-    try:
-        async with asyncio.timeout(limit_s):
-            await loop.create_connection(lambda: exchange, address.hostname or HOST, address.port or 80)
-            await exchange.done
-    except (OSError, TimeoutError) as error:
-        exchange.error = f"{type(error).__name__}: {error}"
-    finally:
-        if exchange.transport is not None:
-            exchange.transport.abort()
-    return exchange, start, time.perf_counter()
-
-
-def http_request(host: str, path: str, body: dict[str, Any]) -> bytes:
-    content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\nconnection: close\r\n"
-    return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
 
 
 async def closed_loop(

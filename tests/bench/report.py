@@ -1,46 +1,11 @@
 """From what became of each request to the numbers of a row: throughput, time to first token, inter-token latency."""
 
-import sys
 from collections import Counter
-from dataclasses import dataclass, field
-from enum import StrEnum
-from itertools import pairwise
-from pathlib import Path
+from dataclasses import dataclass
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from bench.apis import Usage
-
-
-class End(StrEnum):
-    OK = "ok"
-    HTTP_ERROR = "http_error"
-    SSE_ERROR = "sse_error"
-    CONN_ERROR = "conn_error"
-
-
-@dataclass(slots=True, kw_only=True)
-class Outcome:
-    """One request. Times are seconds of `time.perf_counter`."""
-
-    start: float
-    end: float
-    kind: End
-    detail: str = ""
-    token_times: list[float] = field(default_factory=list)
-    """Arrival of each event that carries text; fewer than `usage` counts when a server packs tokens together."""
-    usage: Usage | None = None
-
-    @property
-    def ttft_s(self) -> float:
-        return self.token_times[0] - self.start
-
-    @property
-    def gaps_s(self) -> list[float]:
-        """Time before each token but the first. Those that came in one event with another waited for nothing: 0."""
-        gaps = [after - before for before, after in pairwise(self.token_times)]
-        missing = self.usage.output_tokens - len(self.token_times) if self.usage else 0
-        return gaps + [0.0] * missing
+from text_generation_launcher.benchmark.apis import Usage
+from text_generation_launcher.benchmark.measurements import percentile
+from text_generation_launcher.benchmark.outcome import End, Outcome
 
 
 class WrongLength(Exception):
@@ -63,17 +28,6 @@ class Report:
     tokens_per_event: float
     client_cpu_share: float
     """Processor seconds of this client per second, 1 is a whole core."""
-
-
-def percentile(values: list[float], percent: float) -> float:
-    """Linear between the two nearest ranks, as numpy does it; NaN of nothing."""
-    if not values:
-        return float("nan")
-    ordered = sorted(values)
-    rank = (len(ordered) - 1) * percent / 100
-    low = int(rank)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
 
 
 def spread_ms(seconds: list[float]) -> dict[str, float]:

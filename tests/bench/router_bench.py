@@ -23,11 +23,12 @@ from typing import cast
 
 import psutil
 import uvloop
+from text_generation_launcher.benchmark.http_client import http_request
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.apis import APIS
-from bench.load import closed_loop, http_request, prompts_of
+from bench.load import closed_loop, prompts_of
 from bench.servers import HOST, end_cleanly_on_sigterm, running
 
 NATIVE = APIS["native"]
@@ -79,7 +80,7 @@ async def drive(port: int, prompts: list[str], streams: int, output_tokens: int)
     loop = asyncio.get_running_loop()
 
     async def one(prompt: str) -> int:
-        request = http_request(f"{HOST}:{port}", NATIVE.path, NATIVE.body(prompt, output_tokens))
+        request = http_request(f"http://{HOST}:{port}", NATIVE.path, NATIVE.body(prompt, output_tokens))
         counter = Counter(request, loop.create_future())
         await loop.create_connection(lambda: counter, HOST, port)
         tokens = await counter.done

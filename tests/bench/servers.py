@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
+from text_generation_launcher.benchmark.apis import Api
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.apis import APIS, Api
+from bench.apis import APIS
 
 HOST = "127.0.0.1"
 READY_WITHIN_S = 600

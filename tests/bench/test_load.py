@@ -8,10 +8,12 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from bench.apis import APIS, Usage
-from bench.load import closed_loop, measure, prompts_of, send
+from bench.apis import APIS
+from bench.load import closed_loop, measure, prompts_of
 from bench.make_model import train_tokenizer
-from bench.report import End, WrongLength
+from bench.report import WrongLength
+from text_generation_launcher.benchmark.apis import Usage
+from text_generation_launcher.benchmark.outcome import End, send
 from tokenizers import Tokenizer
 
 NATIVE = APIS["native"]

@@ -1,27 +1,14 @@
 """`bench.report`: what the numbers of a row mean."""
 
-import math
-
-import numpy
 import pytest
-from bench.apis import Usage
-from bench.report import End, Outcome, WrongLength, percentile, summarise
-from hypothesis import given
-from hypothesis import strategies as st
+from bench.report import WrongLength, summarise
+from text_generation_launcher.benchmark.apis import Usage
+from text_generation_launcher.benchmark.outcome import End, Outcome
 
 
 def answered(*token_times: float, output_tokens: int | None = None, start: float = 0) -> Outcome:
     usage = Usage(16, output_tokens or len(token_times))
     return Outcome(start=start, end=token_times[-1], kind=End.OK, token_times=list(token_times), usage=usage)
-
-
-@given(values=st.lists(st.floats(0, 1e6), min_size=1), percent=st.sampled_from([0, 50, 90, 99, 100]))
-def test_percentiles_are_numpys(values: list[float], percent: float) -> None:
-    assert percentile(values, percent) == pytest.approx(float(numpy.percentile(values, percent)))
-
-
-def test_a_percentile_of_nothing_is_not_a_number() -> None:
-    assert math.isnan(percentile([], 50))
 
 
 def test_a_row() -> None:

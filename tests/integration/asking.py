@@ -12,8 +12,8 @@ from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from bench.sse import SseReader
 from integration.launched import Launched
+from text_generation_launcher.benchmark.sse import SseReader
 
 WITHIN_S = 120.0
 RESET = struct.pack("ii", 1, 0)

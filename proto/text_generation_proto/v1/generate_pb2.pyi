@@ -57,20 +57,22 @@ class HealthRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class HealthResponse(_message.Message):
-    __slots__ = ("incarnation", "epoch", "last_step_id", "last_progress_ns", "num_sequences", "started_ns")
+    __slots__ = ("incarnation", "epoch", "last_step_id", "last_progress_ns", "num_sequences", "started_ns", "num_blocks")
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_ID_FIELD_NUMBER: _ClassVar[int]
     LAST_PROGRESS_NS_FIELD_NUMBER: _ClassVar[int]
     NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     STARTED_NS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     incarnation: int
     epoch: int
     last_step_id: int
     last_progress_ns: int
     num_sequences: int
     started_ns: int
-    def __init__(self, incarnation: _Optional[int] = ..., epoch: _Optional[int] = ..., last_step_id: _Optional[int] = ..., last_progress_ns: _Optional[int] = ..., num_sequences: _Optional[int] = ..., started_ns: _Optional[int] = ...) -> None: ...
+    num_blocks: int
+    def __init__(self, incarnation: _Optional[int] = ..., epoch: _Optional[int] = ..., last_step_id: _Optional[int] = ..., last_progress_ns: _Optional[int] = ..., num_sequences: _Optional[int] = ..., started_ns: _Optional[int] = ..., num_blocks: _Optional[int] = ...) -> None: ...
 
 class WarmupRequest(_message.Message):
     __slots__ = ("max_batch_prefill_tokens", "max_batch_total_tokens", "max_batch_size", "max_total_tokens", "max_concurrent_requests")

@@ -55,6 +55,13 @@ class ShardClient:
             return None
         return response.last_progress_ns / 1e9
 
+    async def epoch(self, timeout_s: float) -> int:
+        """The epoch that the shard is in. Raises: grpc.aio.AioRpcError."""
+        response: pb.HealthResponse = await self._stub.Health(
+            pb.HealthRequest(), timeout=timeout_s, wait_for_ready=True
+        )
+        return response.epoch
+
     async def clear_cache(self, epoch: int, timeout_s: float) -> None:
         await self._stub.ClearCache(pb.ClearCacheRequest(epoch=epoch), timeout=timeout_s, wait_for_ready=True)
 

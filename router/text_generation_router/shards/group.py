@@ -114,13 +114,15 @@ class ShardGroup:
         Raises: ShardUnreachable.
         """
         self._failed = True
-        self.epoch += 1
         self._step_id = 0
         self._sent.clear()
         self._acknowledged.clear()
         self._results.clear()
         await asyncio.gather(*(client.close_steps() for client in self._clients))
         try:
+            # A router before this one, or a benchmark, has begun epochs of its own.
+            epochs = await asyncio.gather(*(client.epoch(_RESET_TIMEOUT_S) for client in self._clients))
+            self.epoch = max(self.epoch, *epochs) + 1
             await asyncio.gather(*(client.clear_cache(self.epoch, _RESET_TIMEOUT_S) for client in self._clients))
         except grpc.aio.AioRpcError as error:
             raise ShardUnreachable(error.details() or str(error.code())) from error

@@ -44,6 +44,8 @@ class EngineHealth:
     progress_age_ns: int
     """Since the last sign of progress while a step runs; 0 when idle."""
     num_sequences: int
+    num_blocks: int
+    """Usable ones; 0 while there is no KV cache."""
 
 
 @dataclass(slots=True)
@@ -158,12 +160,13 @@ class Engine:
             self._progress_ns = time.monotonic_ns()
 
     def health(self) -> EngineHealth:
-        progress_ns, executor = self._progress_ns, self._executor
+        progress_ns, executor, kv_plan = self._progress_ns, self._executor, self._kv_plan
         return EngineHealth(
             epoch=self._epoch,
             last_step_id=self._ended_step_id,
             progress_age_ns=0 if progress_ns is None else max(1, time.monotonic_ns() - progress_ns),
             num_sequences=0 if executor is None else len(executor.batch),
+            num_blocks=0 if kv_plan is None else kv_plan[1].num_blocks,
         )
 
     @property

@@ -50,6 +50,7 @@ class TextGenerationService(pb_grpc.TextGenerationServicer):
             last_progress_ns=health.progress_age_ns,
             num_sequences=health.num_sequences,
             started_ns=self._started_ns,
+            num_blocks=health.num_blocks,
         )
 
     async def Warmup(self, request: pb.WarmupRequest, context: Context) -> pb.WarmupResponse:

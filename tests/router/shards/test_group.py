@@ -72,6 +72,15 @@ async def test_a_refused_step_is_reported_once_and_reset_helps(tmp_path: Path) -
         await group.close()
 
 
+async def test_a_reset_goes_on_behind_the_epochs_of_others(tmp_path: Path) -> None:
+    shard = FakeShard(epoch=7)
+    async with serve_fake_shards(tmp_path, shard) as path:
+        group = await connect(path, "nonce", timeout_s=5)
+        await group.reset()
+        assert shard.epoch == group.epoch == 8
+        await group.close()
+
+
 async def test_a_shard_that_goes_away_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failures: asyncio.Queue[str] = asyncio.Queue()
     async with serve_fake_shards(tmp_path, FakeShard()) as path:

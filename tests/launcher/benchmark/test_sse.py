@@ -1,11 +1,11 @@
-"""`bench.sse` reads a stream the same however the network cuts it."""
+"""A stream reads the same however the network cuts it."""
 
 from itertools import pairwise
 
 import pytest
-from bench.sse import ProtocolError, SseReader
 from hypothesis import given
 from hypothesis import strategies as st
+from text_generation_launcher.benchmark.sse import ProtocolError, SseReader
 
 EVENTS = [b'{"index":1}', b"text with \xc3\xa9", b"[DONE]"]
 STREAM = b"".join(b"data: " + event + b"\n\n" for event in EVENTS)
