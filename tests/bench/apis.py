@@ -61,8 +61,26 @@ def read_completions(event: dict[str, Any]) -> Piece:
     return Piece(has_token=has_token, usage=usage)
 
 
+def llama_cpp_body(prompt: str, output_tokens: int) -> dict[str, Any]:
+    """Greedy by the one sampler that is needed, of nine that run by default; only counts in the last event."""
+    greedy = {"temperature": 0, "samplers": ["top_k"], "top_k": 1}
+    counts = {"response_fields": ["stop", "tokens_evaluated", "tokens_predicted"]}
+    exact_length = {"n_predict": output_tokens, "ignore_eos": True}
+    return {"prompt": prompt, "stream": True, "cache_prompt": False, **exact_length, **greedy, **counts}
+
+
+def read_llama_cpp(event: dict[str, Any]) -> Piece:
+    """A token that leaves a character unfinished has no event of its own; it comes with the token that finishes it."""
+    if "error" in event:
+        return Piece(error=str(event["error"]))
+    if event["stop"]:
+        return Piece(usage=Usage(event["tokens_evaluated"], event["tokens_predicted"]))
+    return Piece(has_token=True)
+
+
 APIS = {
     "native": Api("/generate_stream", native_body, read_native),
     "completions": Api("/v1/completions", completions_body, read_completions),
     "transformers": Api("/v1/completions", transformers_body, read_completions),
+    "llama.cpp": Api("/completion", llama_cpp_body, read_llama_cpp),
 }

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.load import closed_loop, measure, numbers, prompts_of, send
 from bench.report import Report, WrongLength
-from bench.servers import KINDS, Places, Server, ServerFailed, ServerKind, end_cleanly_on_sigterm, running, version
+from bench.servers import KINDS, Places, Server, ServerFailed, ServerKind, end_cleanly_on_sigterm, running
 from bench.tables import write_results
 
 WARM_UP_S = 900
@@ -85,6 +85,7 @@ class Run:
 
 def run_round(run: Run, name: str, round_number: int, places: Places, port: int) -> None:
     kind = KINDS[name]
+    kind.prepare(places)
     # What other programs take from the machine falsifies a row: it is on record beside it.
     busy_before = psutil.cpu_percent(interval=1)
     started = time.perf_counter()
@@ -105,7 +106,7 @@ def run_round(run: Run, name: str, round_number: int, places: Places, port: int)
 
 
 def compare(names: list[str], workload: Workload, places: Places, port: int, output: Path) -> Run:
-    run = Run(workload, {name: version(KINDS[name], places) for name in names}, hardware(), [], [], [])
+    run = Run(workload, {name: KINDS[name].version(places) for name in names}, hardware(), [], [], [])
     for round_number in range(workload.rounds):
         # The order turns from round to round, so that none always comes first on a cool machine.
         shift = round_number % len(names)

@@ -31,6 +31,18 @@ COUNTS = {"prompt_tokens": 128, "completion_tokens": 64, "total_tokens": 192}
             Piece(False, Usage(128, 64)),
             id="the last event of transformers carries no token",
         ),
+        pytest.param(
+            "llama.cpp",
+            {"index": 0, "content": "", "tokens": [7], "stop": False},
+            Piece(has_token=True),
+            id="llama.cpp",
+        ),
+        pytest.param(
+            "llama.cpp",
+            {"stop": True, "tokens_evaluated": 128, "tokens_predicted": 64},
+            Piece(False, Usage(128, 64)),
+            id="the last event of llama.cpp carries no token",
+        ),
         pytest.param("transformers", {"error": "dead"}, Piece(error="dead"), id="transformers error"),
     ],
 )
