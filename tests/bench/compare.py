@@ -68,8 +68,8 @@ def describe_model(model: Path) -> str:
 
 def command_line(argv: list[str]) -> str:
     """As it was given, but for the places on this machine, of which only the last part is anybody's business."""
-    shown = [Path(part).name if part.startswith("/") else part for part in argv[1:]]
-    return shlex.join(["python", "tests/bench/compare.py", *shown])
+    script, *shown = [Path(part).name if part.startswith("/") else part for part in argv]
+    return shlex.join(["python", f"tests/bench/{Path(script).name}", *shown])
 
 
 def visit(
