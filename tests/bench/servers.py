@@ -119,11 +119,14 @@ def make_gguf(places: Places) -> None:
 
 
 def llama_cpp(places: Places, port: int) -> list[str]:
-    address = ["--host", HOST, "--port", str(port), "--no-webui"]
-    # As in vLLM's row, 4,096 tokens for each of 32 streams. A prompt is never seen twice: nothing to cache.
-    context = ["--parallel", "32", "--ctx-size", str(32 * 4096), "--no-cache-prompt", "--cache-ram", "0"]
-    threads = ["--threads", str(len(os.sched_getaffinity(0)))]
-    return [places.command("llama.cpp", "llama-server"), "--model", str(gguf_of(places)), *address, *context, *threads]
+    """Chosen by processor time a token (135M model, 16 streams, one thread): without flash attention 16 ms, with it 20;
+    with one cache for all slots 25 and 21. The order of samplers made no difference. All else is at its default.
+    """
+    address = ["--host", HOST, "--port", str(port), "--no-webui", "--log-verbosity", "1"]
+    # As in vLLM's row, 4,096 tokens for each stream. A prompt is never seen twice: nothing to look up, nothing to keep.
+    context = ["--parallel", "32", "--no-kv-unified", "--ctx-size", str(32 * 4096), "--no-cache-prompt"]
+    speed = ["--threads", str(len(os.sched_getaffinity(0))), "--flash-attn", "off", "--cache-ram", "0"]
+    return [places.command("llama.cpp", "llama-server"), "--model", str(gguf_of(places)), *address, *context, *speed]
 
 
 VLLM = ServerKind(
