@@ -70,7 +70,7 @@ proto-check: install
 # Against vLLM for CPU and transformers serve, in environments of their own; minutes on a quiet machine. BENCH holds
 # what is made for it (a random model, the peers) and is kept between runs.
 BENCH ?= .bench
-BENCH_SERVERS ?= ours,vllm,vllm-all-cores,transformers
+BENCH_SERVERS ?= ours,vllm,vllm-all-cores,transformers,llama.cpp
 
 $(BENCH)/model: $(VENV)/.installed
 	$(BIN)/python tests/bench/make_model.py --output $@

@@ -3,12 +3,17 @@
     python tests/bench/compare.py --model DIR --peers DIR --servers ours,vllm,transformers --rounds 3 --output docs/
 
 In every round each server is started, warmed up, measured at every concurrency and stopped; only one is alive at a
-time. What is compared are medians over the rounds. `--peers` is the folder that `make_peers.py` wrote.
+time. What is compared are medians over the rounds. `--peers` is the folder that `make_peers.py` wrote. Another model
+goes into files of another name:
+
+    python tests/bench/compare.py --model DIR-1B --concurrency 1,8 --name benchmark-peers-1b ...
 """
 
 import argparse
+import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.load import closed_loop, measure, numbers, prompts_of
 from bench.report import Report, WrongLength
-from bench.servers import KINDS, Places, Server, ServerFailed, ServerKind, end_cleanly_on_sigterm, running, version
+from bench.servers import KINDS, Places, Server, ServerFailed, ServerKind, end_cleanly_on_sigterm, running
 from bench.tables import write_results
 
 WARM_UP_S = 900
@@ -49,6 +54,23 @@ def hardware() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "python": platform.python_version(),
     }
+
+
+def describe_model(model: Path) -> str:
+    config = json.loads((model / "config.json").read_text())
+    weights_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+    heads = f"{config['num_attention_heads']} query and {config['num_key_value_heads']} key/value heads"
+    return (
+        f"{config['model_type']}, {config['num_hidden_layers']} layers, hidden size {config['hidden_size']}, {heads}, "
+        f"intermediate size {config['intermediate_size']}, vocabulary {config['vocab_size']:,}, "
+        f"{weights_bytes / 1e9:.2f} GB of {config['dtype']}"
+    )
+
+
+def command_line(argv: list[str]) -> str:
+    """As it was given, but for the places on this machine, of which only the last part is anybody's business."""
+    script, *shown = [Path(part).name if part.startswith("/") else part for part in argv]
+    return shlex.join(["python", f"tests/bench/{Path(script).name}", *shown])
 
 
 def visit(
@@ -76,6 +98,8 @@ def visit(
 class Run:
     """All that was measured, as it goes into the JSON file."""
 
+    command: str
+    model: str
     workload: Workload
     versions: dict[str, str]
     hardware: dict[str, Any]
@@ -86,6 +110,7 @@ class Run:
 
 def run_round(run: Run, name: str, round_number: int, places: Places, port: int) -> None:
     kind = KINDS[name]
+    kind.prepare(places)
     # What other programs take from the machine falsifies a row: it is on record beside it.
     busy_before = psutil.cpu_percent(interval=1)
     started = time.perf_counter()
@@ -105,8 +130,10 @@ def run_round(run: Run, name: str, round_number: int, places: Places, port: int)
         )
 
 
-def compare(names: list[str], workload: Workload, places: Places, port: int, output: Path) -> Run:
-    run = Run(workload, {name: version(KINDS[name], places) for name in names}, hardware(), [], [], [])
+def compare(names: list[str], workload: Workload, places: Places, port: int, output: Path, file_name: str) -> Run:
+    versions = {name: KINDS[name].version(places) for name in names}
+    command, model = command_line(sys.argv), describe_model(places.model)
+    run = Run(command, model, workload, versions, hardware(), starts=[], reports=[], failures=[])
     for round_number in range(workload.rounds):
         # The order turns from round to round, so that none always comes first on a cool machine.
         shift = round_number % len(names)
@@ -117,7 +144,7 @@ def compare(names: list[str], workload: Workload, places: Places, port: int, out
                 print(f"round {round_number}, {name}: {error}", file=sys.stderr)
                 # The server's log stays out of the record: it names places on this machine.
                 run.failures.append(f"round {round_number}, {name}: {str(error).splitlines()[0]}")
-            write_results(asdict(run), output)
+            write_results(asdict(run), output, file_name)
     return run
 
 
@@ -131,7 +158,8 @@ def main() -> None:
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--port", type=int, default=18_200)
-    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder for benchmark-peers.md, .json, .png")
+    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder for the three files")
+    parser.add_argument("--name", default="benchmark-peers", help="of those files, before .md, .json and .png")
     arguments = parser.parse_args()
     end_cleanly_on_sigterm()
     workload = Workload(
@@ -141,7 +169,8 @@ def main() -> None:
         rounds=arguments.rounds,
     )
     places = Places(model=arguments.model.absolute(), peers=arguments.peers.absolute())
-    run = compare(arguments.servers.split(","), workload, places, arguments.port, arguments.output)
+    names = arguments.servers.split(",")
+    run = compare(names, workload, places, arguments.port, arguments.output, arguments.name)
     sys.exit(1 if run.failures else 0)
 
 

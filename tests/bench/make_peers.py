@@ -1,22 +1,30 @@
 """Build the virtual environments of the servers we are compared with.
 
-    python tests/bench/make_peers.py --output DIR [--peer vllm --peer transformers]
+    python tests/bench/make_peers.py --output DIR [--peer vllm --peer transformers --peer llama.cpp]
 
 Each peer gets its own environment: their requirements exclude one another and ours. torch goes in first and alone, as
 the pinned CPU build; any later requirement on it is then already met and no CUDA build is fetched.
+
+llama.cpp is compiled for this machine, from the sources that its Python binding carries: cmake and a C++ compiler have
+to be there, and it takes 10 to 20 minutes of processor time.
 """
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 from pathlib import Path
 
 TORCH = "torch==2.13.0"
 VLLM = "0.32.0"
 TRANSFORMERS = "5.23.0"
+LLAMA_CPP = "llama-cpp-python"
+LLAMA_CPP_VERSION = "0.3.36"
+GGUF = "gguf==0.19.0"
 
 NOT_NEEDED = {"torch", "torchvision", "torchaudio", "torchcodec"}
 """What vLLM asks for and a text model does not use; torch itself is there already."""
@@ -65,7 +73,35 @@ def make_transformers(home: Path) -> None:
     pip(python, f"transformers[serving]=={TRANSFORMERS}")
 
 
-PEERS = {"vllm": make_vllm, "transformers": make_transformers}
+def make_llama_cpp(home: Path) -> None:
+    """`bin/llama-server`, and for `make_gguf.py` an interpreter that can import `gguf`."""
+    needed = ("cmake", "c++")
+    if missing := [tool for tool in needed if shutil.which(tool) is None]:
+        sys.exit(f"llama.cpp is compiled here and that needs {' and '.join(missing)}: on Debian, apt install cmake g++")
+    venv.create(home, with_pip=True, clear=True)
+    python = home / "bin" / "python"
+    pip(python, GGUF)
+    # Not `:all:`, which would have the tools that read the package's metadata built from source as well.
+    source = ["--no-binary", LLAMA_CPP, f"{LLAMA_CPP}=={LLAMA_CPP_VERSION}"]
+    subprocess.run([python, "-m", "pip", "download", "--quiet", "--no-deps", *source, "--dest", home], check=True)
+    (archive,) = home.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(home, filter="data")
+    (vendored,) = home.glob("*/vendor/llama.cpp")
+    build_llama_server(vendored, home / "build")
+    (home / "bin" / "llama-server").symlink_to("../build/bin/llama-server")
+
+
+def build_llama_server(source: Path, build: Path) -> None:
+    chosen = {"CMAKE_BUILD_TYPE": "Release", "GGML_NATIVE": "ON"}
+    unneeded = ("LLAMA_CURL", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_OPENSSL")
+    flags = [f"-D{name}={value}" for name, value in {**chosen, **dict.fromkeys(unneeded, "OFF")}.items()]
+    subprocess.run(["cmake", "-S", source, "-B", build, *flags], check=True)
+    cores = str(len(os.sched_getaffinity(0)))
+    subprocess.run(["cmake", "--build", build, "--target", "llama-server", "--parallel", cores], check=True)
+
+
+PEERS = {"vllm": make_vllm, "transformers": make_transformers, "llama.cpp": make_llama_cpp}
 
 
 def main() -> None:

@@ -55,5 +55,5 @@ def test_a_server_that_is_never_ready_is_given_up(port: int) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_commands_name_the_model_and_the_port(name: str) -> None:
     argv = KINDS[name].argv(Places(model=Path("the-model"), peers=Path("peers")), 1234)
-    assert "the-model" in argv
+    assert any("the-model" in argument for argument in argv)
     assert "1234" in argv
