@@ -21,11 +21,11 @@ import uvloop
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.compare import command_line, describe_model, hardware
-from bench.load import prompts_of, send
+from bench.load import prompts_of
 from bench.servers import KINDS, Places, end_cleanly_on_sigterm, running
 from text_generation_launcher.benchmark.apis import Api, Usage
 from text_generation_launcher.benchmark.measurements import percentile
-from text_generation_launcher.benchmark.outcome import End, Outcome
+from text_generation_launcher.benchmark.outcome import End, Outcome, send
 
 ENOUGH_GAPS = 20
 """A p99 of fewer is none."""
