@@ -110,3 +110,18 @@ def weight_files(folder: Path) -> list[Path]:
     if missing or not files:
         raise ConfigError(f"the model has no weights in safetensors format: {missing[0] if missing else 'empty index'}")
     return files
+
+
+def num_tensors(folder: Path) -> int | None:
+    """How many tensors the weights have, from their headers; None where there are no weights yet."""
+    from safetensors import safe_open
+
+    try:
+        files = weight_files(folder)
+    except ConfigError:
+        return None
+    total = 0
+    for path in files:
+        with safe_open(path, framework="pt") as tensors:
+            total += len(tensors.keys())
+    return total
