@@ -26,6 +26,10 @@ FORBIDDEN_PREFIXES = (
 )
 
 
+class NoWeights(ConfigError):
+    """A model folder without any, or with too few of them."""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Raises: ConfigError if the file is not a JSON object."""
     try:
@@ -96,7 +100,7 @@ def _levels(config: dict[str, Any]) -> list[dict[str, Any]]:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: one, or those that its index names.
 
-    Raises: ConfigError if there are none, or the index leads out of the folder.
+    Raises: NoWeights; ConfigError if the index leads out of the folder.
     """
     index_file = folder / "model.safetensors.index.json"
     if index_file.is_file():
@@ -108,7 +112,7 @@ def weight_files(folder: Path) -> list[Path]:
         files = [folder / "model.safetensors"]
     missing = [path.name for path in files if not path.is_file()]
     if missing or not files:
-        raise ConfigError(f"the model has no weights in safetensors format: {missing[0] if missing else 'empty index'}")
+        raise NoWeights(f"the model has no weights in safetensors format: {missing[0] if missing else 'empty index'}")
     return files
 
 
@@ -118,7 +122,7 @@ def num_tensors(folder: Path) -> int | None:
 
     try:
         files = weight_files(folder)
-    except ConfigError:
+    except NoWeights:
         return None
     total = 0
     for path in files:

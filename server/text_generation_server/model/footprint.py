@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from text_generation_server.attention.interface import LayerSpec
-from text_generation_server.config import ShardConfig
+from text_generation_server.config import ConfigError, ShardConfig
 from text_generation_server.engine.kv_cache import bytes_per_token
 from text_generation_server.engine.memory import ModelSizes
 from text_generation_server.errors import first_line
@@ -54,7 +55,7 @@ def survey(config: ShardConfig, folder: Path, device_type: str, *, kv_dtype: tor
     ``kv_dtype``: of the cache, if it is not the model's. Raises: ConfigError if the model cannot be served.
     """
     architecture = read_architecture(config, folder)
-    dtype = resolve_dtype(config.dtype, checkpoint.stored_dtype(folder, architecture.raw), torch.device(device_type))
+    dtype = resolve_dtype(config.dtype, _stored_dtype(config, folder, architecture), torch.device(device_type))
     if config.world_size > 1:
         parallel.check_splittable(
             architecture.config, architecture.text_config, architecture.model_type, config.world_size
@@ -67,7 +68,6 @@ def survey(config: ShardConfig, folder: Path, device_type: str, *, kv_dtype: tor
     layers, step_bytes, logits_width, unknown = _run(model, architecture, dtype)
     if layers is not None and config.world_size > 1 and parallel.splits_attention(plan):
         layers = [_sliced(layer, config.world_size) for layer in layers]
-    each = [bytes_per_token([layer], dtype) for layer in layers or ()]
     short = str(dtype).removeprefix("torch.")
     shard = f", one of {config.world_size} shards" if config.world_size > 1 else ""
     return Footprint(
@@ -78,15 +78,24 @@ def survey(config: ShardConfig, folder: Path, device_type: str, *, kv_dtype: tor
             weight_bytes=weight_bytes + copied,
             weights=f"in {short}{shard}",
             kv_bytes_per_token=bytes_per_token(layers, kv_dtype or dtype) if layers else None,
-            layer_bytes_per_token=max(each, default=0),
+            layer_bytes_per_token=layer_bytes_per_token(layers or (), dtype),
+            attention_bytes_per_token=attention_bytes_per_token(layers or (), dtype),
             step_bytes_per_token=step_bytes,
-            attention_bytes_per_token=max((_call_width(layer) for layer in layers or ()), default=0) * dtype.itemsize,
             logits_width=logits_width,
             max_position_embeddings=architecture.positions,
         ),
         head_copy_bytes=copied,
         unknown=unknown,
     )
+
+
+def _stored_dtype(config: ShardConfig, folder: Path, architecture: Architecture) -> torch.dtype:
+    if config.dtype is not None:
+        return torch.float32  # nobody asks
+    try:
+        return checkpoint.stored_dtype(folder, architecture.raw)
+    except checkpoint.NoWeights:
+        raise ConfigError("config.json names no dtype, and the weights are not on this machine: give --dtype") from None
 
 
 def _check_number_of_layers(folder: Path, architecture: Architecture) -> None:
@@ -134,6 +143,16 @@ def _head_copy_bytes(model: nn.Module, dtype: torch.dtype) -> int:
         for module in model.modules()
         if type(module) is nn.Linear and id(module.weight) in embeddings
     )
+
+
+def layer_bytes_per_token(layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
+    """Keys and values of the layer that has most."""
+    return max((bytes_per_token([layer], dtype) for layer in layers), default=0)
+
+
+def attention_bytes_per_token(layers: Sequence[LayerSpec], dtype: torch.dtype) -> int:
+    """What goes into the attention of one layer and comes out of it, at most."""
+    return max((_call_width(layer) for layer in layers), default=0) * dtype.itemsize
 
 
 def _call_width(layer: LayerSpec) -> int:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what is made inside; tensors that were there before are not counted.
 
     What a kernel takes and gives back inside of one operation is not seen. On the meta device, where numbers are not
@@ -25,7 +25,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._live = 0
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
@@ -72,7 +72,7 @@ class LiveBytes(TorchDispatchMode):
         self._known.add(storage)
         self._live += num_bytes
         self.peak = max(self.peak, self._live)
-        weakref.finalize(storage, self._release, num_bytes)
+        weakref.finalize(storage, self._release, num_bytes).atexit = False
 
     def _release(self, num_bytes: int) -> None:
         self._live -= num_bytes
