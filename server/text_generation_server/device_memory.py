@@ -50,6 +50,8 @@ class DeviceMemory:
     """What this process may take, its weights included if they are not loaded yet."""
     derivation: str
     """How it came about."""
+    fraction: float = 1.0
+    """The user's limit, of the whole device."""
     overhead_bytes: int = 0
     """Taken by what is not ours: the driver and the libraries."""
     share: float = 1.0
@@ -91,12 +93,13 @@ def cuda_device(
 ) -> DeviceMemory:
     """A GPU with ``free`` of ``total`` bytes free. The fraction is of the whole device, as in TGI."""
     usable = max(0, int(free - (1 - fraction) * total))
-    derivation = f"{amount(usable)} of {amount(total)}, CUDA_MEMORY_FRACTION={fraction:g}"
+    derivation = f"{amount(usable)} of {amount(total)} with `--cuda-memory-fraction {fraction:g}`"
     return DeviceMemory(
         kind="cuda",
         name=name,
         usable_bytes=usable,
         derivation=derivation,
+        fraction=fraction,
         overhead_bytes=overhead_bytes,
         share=CUDA_SHARE,
     )
@@ -126,7 +129,7 @@ def amount(num_bytes: int) -> str:
     """``1.50 GiB``, ``12.0 MiB``, ``96.0 KiB``"""
     if abs(num_bytes) >= GIB // 10:
         return f"{num_bytes / GIB:.2f} GiB"
-    return f"{num_bytes / 2**20:.1f} MiB" if abs(num_bytes) >= 2**20 // 10 else f"{num_bytes / 2**10:.1f} KiB"
+    return f"{num_bytes / 2**20:.1f} MiB" if abs(num_bytes) >= 2**20 else f"{num_bytes / 2**10:.1f} KiB"
 
 
 def available_cpu_bytes(root: Path = Path("/")) -> int:

@@ -281,7 +281,7 @@ def _for_weights(plan: MemoryPlan) -> str:
     smaller = "`--dtype bfloat16` halves them; or " if "float32" in plan.sizes.weights else ""
     if plan.device.kind == "cpu":
         return f"{smaller}free memory, or choose a smaller model"
-    fraction = "" if "FRACTION=1" in plan.device.derivation else "raise `--cuda-memory-fraction`, "
+    fraction = "raise `--cuda-memory-fraction`, " if plan.device.fraction < 1 else ""
     return f"{smaller}{fraction}spread the model over more GPUs with `--num-shard`, or choose a larger GPU"
 
 
