@@ -171,7 +171,7 @@ def _served(count: int, plan: MemoryPlan) -> str:
     return f"`--max-concurrent-requests` admits {most}" if 0 < most < count else ""
 
 
-def print_table(made: Report, stream: TextIO = sys.stdout) -> None:
+def print_table(made: Report, stream: TextIO) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -198,7 +198,7 @@ def run(config: ShardConfig, device_name: str | None, env: Mapping[str, str], *,
     if as_json:
         sys.stdout.write(to_json(made) + "\n")
     else:
-        print_table(made)
+        print_table(made, sys.stdout)
     sys.stdout.flush()
     if made.plan.problem:
         raise ConfigError(f"not enough memory on {made.plan.device.name}: {made.plan.problem}")

@@ -101,7 +101,8 @@ def activation_bytes(runner: TransformersRunner, num_tokens: int) -> int:
             runner.forward(inputs)  # what is kept from step to step, such as a table of angles, is there then
             with LiveBytes() as live:
                 runner.forward(inputs)
-        return live.peak
+        peak: int = live.peak
+        return peak
     finally:
         runner.backend = own
         runner.release_kv_cache()

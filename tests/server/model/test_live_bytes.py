@@ -14,7 +14,8 @@ def peak(function: object, *arguments: Tensor) -> int:
     assert callable(function)
     with torch.inference_mode(), LiveBytes() as live:
         function(*arguments)
-    return live.peak
+    peak: int = live.peak
+    return peak
 
 
 @devices
