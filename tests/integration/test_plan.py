@@ -8,12 +8,18 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from integration.launched import LAUNCHER, ONE_THREAD, refusal, serving, starting
 from text_generation_launcher.environment import without_flags
 
 MakeModel = Callable[..., Path]
+
+
+def slow(*values: object) -> Any:
+    """The same refusals are tested in one process in `server/test_memory_report.py`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -62,10 +68,10 @@ def written(folder: Path, content: str) -> Path:
     ("arguments", "text"),
     [
         (["--plan-device", "H99"], "device `H99` is not known"),
-        (["--plan-device=-24GiB"], "device `-24GiB` is not known"),
-        (["--plan-device", "9" * 400 + "GiB"], "is not known"),
-        (["--model-id", "no/such-model"], "no/such-model"),
-        (["--num-shard", "3"], "cannot be split over 3 shards"),
+        slow(["--plan-device=-24GiB"], "device `-24GiB` is not known"),
+        slow(["--plan-device", "9" * 400 + "GiB"], "is not known"),
+        slow(["--model-id", "no/such-model"], "no/such-model"),
+        slow(["--num-shard", "3"], "cannot be split over 3 shards"),
     ],
 )
 def test_hostile_arguments(arguments: list[str], text: str) -> None:
@@ -77,11 +83,11 @@ def test_hostile_arguments(arguments: list[str], text: str) -> None:
     [
         (None, "has no config.json"),
         ("[]", "config.json of the model is not a JSON object"),
-        ("{", "config.json of the model cannot be read"),
-        ('{"model_type": "llama", "hidden_size": 1e400, "dtype": "float32"}', "cannot be served"),
-        ('{"model_type": "llama", "hidden_size": 4611686018427387904, "dtype": "float32"}', "cannot be served"),
-        ('{"model_type": ["llama"]}', "cannot be served"),
-        ('{"model_type": "llama", "dtype": "float32", "vocab_size": -1}', "cannot be served"),
+        slow("{", "config.json of the model cannot be read"),
+        slow('{"model_type": "llama", "hidden_size": 1e400, "dtype": "float32"}', "cannot be served"),
+        slow('{"model_type": "llama", "hidden_size": 4611686018427387904, "dtype": "float32"}', "cannot be served"),
+        slow('{"model_type": ["llama"]}', "cannot be served"),
+        slow('{"model_type": "llama", "dtype": "float32", "vocab_size": -1}', "cannot be served"),
     ],
 )
 def test_hostile_configurations(config: str | None, text: str, tmp_path: Path) -> None:

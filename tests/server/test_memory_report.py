@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,3 +113,28 @@ def test_the_shard_that_is_planned_is_the_one_that_is_started() -> None:
     expected = ShardConfig(model_id="embedded", uds_path=Path(), world_size=2, prefill_logprobs=True, max_batch_size=3)
     assert resolve_plan(flags, {}) == expected
     assert resolve_plan(flags, {"TGI_SWAPS": "0"}) == dataclasses.replace(expected, swaps=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (None, "has no config.json"),
+        ("[]", "config.json of the model is not a JSON object"),
+        ("{", "config.json of the model cannot be read"),
+        ("\xff", "config.json of the model cannot be read"),
+        ("[" * 100_000, "config.json of the model cannot be read"),
+        ('{"model_type": "llama", "hidden_size": 1e400, "dtype": "float32"}', "cannot be served"),
+        ('{"model_type": "llama", "hidden_size": 4611686018427387904, "dtype": "float32"}', "cannot be served"),
+        ('{"model_type": ["llama"]}', "cannot be served"),
+        ('{"model_type": "llama", "dtype": "float32", "vocab_size": -1}', "cannot be served"),
+        ('{"model_type": "llama", "dtype": "float32", "num_attention_heads": 0}', "cannot be served"),
+        ('{"model_type": "llama", "dtype": "no such"}', "cannot be served"),
+        ('{"model_type": "llama", "dtype": "float32", "num_hidden_layers": 1000000000}', "cannot be served"),
+    ],
+)
+def test_hostile_configurations(config: str | None, text: str, tmp_path: Path) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_bytes(config.encode("latin-1"))
+    with pytest.raises(ConfigError, match=re.escape(text)) as refusal:
+        made(tmp_path)
+    assert len(str(refusal.value).splitlines()) == 1

@@ -265,7 +265,8 @@ def _nothing_fits(plan: MemoryPlan, rest: int, room: int) -> str:
             f"{plan.device.derivation}; {_for_weights(plan)}"
         )
     missing = plan.block_bytes * 2 - room
-    tokens = plan.step_tokens - math.ceil(missing / max(1, plan.sizes.step_bytes_per_token))
+    each = plan.sizes.step_bytes_per_token + plan.sizes.attention_bytes_per_token
+    tokens = plan.step_tokens - math.ceil(missing / max(1, each))
     if tokens > plan.rows:
         return (
             f"not one block of KV cache fits ({plan.budget}); decrease `--max-batch-prefill-tokens` to {tokens} or less"

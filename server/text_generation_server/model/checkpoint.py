@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Raises: ConfigError if the file is not a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path.name} of the model cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path.name} of the model is not a JSON object")
