@@ -16,6 +16,7 @@ from text_generation_server.config import ConfigError, ShardConfig
 from text_generation_server.device_memory import DeviceMemory, amount, cpu_device, named_device
 from text_generation_server.distributed import local_device
 from text_generation_server.engine.memory import MemoryPlan
+from text_generation_server.library_logs import route_library_logs
 from text_generation_server.model.footprint import Footprint
 from text_generation_server.planning import plan_unloaded, read_device
 from text_generation_server.weights.hub import find_config
@@ -193,6 +194,7 @@ def print_table(made: Report, stream: TextIO) -> None:
 
 def run(config: ShardConfig, device_name: str | None, env: Mapping[str, str], *, as_json: bool) -> None:
     """Print the plan. Raises: ConfigError, where it does not fit as well."""
+    route_library_logs("huggingface_hub", "transformers")
     torch.set_num_threads(1)  # nothing is computed here
     made = report(config, device_name, env)
     if as_json:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from text_generation_server.config import ConfigError
+from text_generation_server.weights.checks import check_file
 
 FORBIDDEN_KEYS = frozenset(
     {
@@ -118,14 +119,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 def num_tensors(folder: Path) -> int | None:
     """How many tensors the weights have, from their headers; None where there are no weights yet."""
-    from safetensors import safe_open
-
     try:
         files = weight_files(folder)
     except NoWeights:
         return None
-    total = 0
-    for path in files:
-        with safe_open(path, framework="pt") as tensors:
-            total += len(tensors.keys())
-    return total
+    return sum(len(check_file(path)) for path in files)
