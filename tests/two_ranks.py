@@ -45,30 +45,35 @@ def run_rank(rank: int, port: int, folders: dict[str, Path], answers: Any) -> No
                 runner, PROMPTS, max_new_tokens=MAX_NEW_TOKENS, eos_ids=runner.info.eos_token_ids, arrive_within=6,
                 chunk_tokens=16,
             )  # fmt: skip
-            answers.put((rank, name, tokens, runner.info.kv_bytes_per_token))
+            answers.put((rank, name, tokens, runner.info.kv_bytes_per_token, weight_bytes(runner.model)))
         except ConfigError as error:
-            answers.put((rank, name, str(error), 0))
+            answers.put((rank, name, str(error), 0, 0))
         except Exception:
-            answers.put((rank, name, traceback.format_exc(), 0))
+            answers.put((rank, name, traceback.format_exc(), 0, 0))
             raise
     group.close()
 
 
-def two_ranks(folders: dict[str, Path]) -> dict[tuple[int, str], tuple[Any, int]]:
+def weight_bytes(model: torch.nn.Module) -> int:
+    return sum({id(each): each.nbytes for each in [*model.parameters(), *model.buffers()]}.values())
+
+
+def two_ranks(folders: dict[str, Path]) -> dict[tuple[int, str], tuple[Any, int, int]]:
+    """By rank and name: tokens, or an error's text; bytes of KV cache for each token; bytes of weights."""
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     port = free_port()
     ranks = [context.Process(target=run_rank, args=(rank, port, folders, answers)) for rank in range(2)]
     for rank in ranks:
         rank.start()
-    results: dict[tuple[int, str], tuple[Any, int]] = {}
+    results: dict[tuple[int, str], tuple[Any, int, int]] = {}
     while len(results) < 2 * len(folders):
         try:
-            rank_index, name, tokens, kv_bytes = answers.get(timeout=1)
+            rank_index, name, tokens, kv_bytes, weights = answers.get(timeout=1)
         except queue.Empty:
             assert all(rank.exitcode in (None, 0) for rank in ranks), "a rank died"
             continue
-        results[rank_index, name] = (tokens, kv_bytes)
+        results[rank_index, name] = (tokens, kv_bytes, weights)
     for rank in ranks:
         rank.join(timeout=30)
     return results

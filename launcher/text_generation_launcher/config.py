@@ -81,6 +81,8 @@ def resolve(flags: Flags, devices: Devices) -> LauncherConfig:
     # An empty variable means "not given" to the router: handed on, an empty key would open the server.
     if flags.api_key is not None and not flags.api_key.strip():
         raise ArgumentValidation("`api_key` must not be empty")
+    if flags.plan_device is not None and not flags.plan:
+        raise ArgumentValidation("`plan_device` is what `--plan` is for: give `--plan` too")
     max_input_tokens = _max_input_tokens(flags)
     _check_numbers(flags, max_input_tokens)
     num_shard = find_num_shard(flags.sharded, flags.num_shard, devices.count)

@@ -195,6 +195,18 @@ class Flags:
 
     json_output: Annotated[bool, option("--json-output", help="Logs as JSON lines.")] = False
     env: Annotated[bool, option("--env", "-e", help="Print what runs here, then start.", env=False)] = False
+    plan: Annotated[
+        bool,
+        option("--plan", help="Print what fits into the memory, without loading the model, and end.", env=False),
+    ] = False
+    plan_device: Annotated[
+        str | None,
+        option(
+            "--plan-device",
+            help="What --plan is for: `cpu`, a GPU by name (L4, H100) or by memory (24GiB); default: this machine.",
+            env=False,
+        ),
+    ] = None
     graceful_termination_timeout: Annotated[
         int,
         number(

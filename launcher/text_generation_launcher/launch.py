@@ -17,6 +17,7 @@ from text_generation_launcher.devices import find_devices
 from text_generation_launcher.errors import ArgumentValidation, LauncherError, NotEnoughCUDADevices
 from text_generation_launcher.flags import Flags
 from text_generation_launcher.logs import Display, LogSink, Record, own_level, render_json, render_text
+from text_generation_launcher.memory_plan import print_plan
 from text_generation_launcher.plan import Launch, make_plan
 from text_generation_launcher.process import Seconds
 from text_generation_launcher.progress import Bars, StepLines
@@ -34,7 +35,9 @@ STDOUT = 1
 
 
 def launch(flags: Flags, environ: Mapping[str, str], warnings: Sequence[str]) -> int:
-    """Run the server until it is told to stop; returns the exit code."""
+    """Run the server until it is told to stop, or print its plan; returns the exit code."""
+    if flags.plan:
+        return print_plan(flags, environ)
     for number in stop_signals():
         # Until the supervisor takes over there is nothing to stop: a clean end.
         signal.signal(number, lambda *_: sys.exit(0))

@@ -39,10 +39,21 @@ ROUTER_FLAGS = (
 """Flags that the router takes under the same name, unchanged."""
 
 
+MEMORY_FLAGS = (
+    "max_total_tokens",
+    "max_batch_prefill_tokens",
+    "max_batch_total_tokens",
+    "max_batch_size",
+    "max_concurrent_requests",
+)
+"""Limits that decide what a shard needs: the router's, which tells it again."""
+
+
 class Role(enum.Enum):
     DOWNLOAD = "download"
     SHARD = "shard"
     ROUTER = "webserver"
+    PLAN = "plan"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,13 +152,31 @@ def _shard(config: LauncherConfig, launch: Launch, rank: int) -> ProcessSpec:
     }
     optional = {
         "MASTER_PORT": config.master_port,
-        "MAX_TOTAL_TOKENS": flags.max_total_tokens,
-        "MAX_BATCH_SIZE": flags.max_batch_size,
         "ATTENTION": config.attention,
         "REQUEST_LOGPROBS": "1" if flags.enable_prefill_logprobs else None,
+        **{name.upper(): getattr(flags, name) for name in MEMORY_FLAGS},
     }
     env |= {name: str(value) for name, value in optional.items() if value is not None}
     return ProcessSpec(role=Role.SHARD, argv=tuple(argv), env=env, rank=rank)
+
+
+def plan_spec(config: LauncherConfig, environ: Mapping[str, str]) -> ProcessSpec:
+    """The child that prints the memory plan of such a launch."""
+    flags = config.flags
+    launch = Launch(nonce="", uds_path="", environ=environ)
+    return ProcessSpec(
+        role=Role.PLAN,
+        argv=(
+            *_python("text_generation_server", "plan", flags.model_id),
+            *to_argv(flags, ("revision", "dtype", "trust_remote_code", "cuda_memory_fraction")),
+            *to_argv(flags, ("enable_prefill_logprobs", *MEMORY_FLAGS)),
+            *("--num-shard", str(config.num_shard)),
+            *_given("--max-input-tokens", config.max_input_tokens),
+            *_given("--device", flags.plan_device),
+            *(("--json-output",) if flags.json_output else ()),
+        ),
+        env=_base_env(launch) | _hub_env(config, launch),
+    )
 
 
 def _tunables(environ: Mapping[str, str]) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
-DEFAULT_BATCH_PREFILL_TOKENS = 4096
-CPU_BATCH_PREFILL_TOKENS = 512
-"""On a CPU a longer step is no faster per token, and every running stream waits for all of it."""
+from text_generation_proto import limits as derive
+from text_generation_proto.limits import Limit
 
 
 class ConfigError(ValueError):
@@ -111,6 +111,8 @@ class RouterConfig:
     """Running requests; None is no limit beside the KV cache."""
     max_inter_token_latency_s: float | None
     """What a step that carries prompts may take; None is a limit for long prompts alone, by what decoding takes."""
+    derivations: Mapping[str, str] = field(default_factory=dict)
+    """How each limit came about, by its name: for the log."""
 
 
 def warmup_limits(flags: RouterFlags, info: ModelInfo) -> WarmupLimits:
@@ -144,8 +146,7 @@ def warmup_limits(flags: RouterFlags, info: ModelInfo) -> WarmupLimits:
     if batch_total is not None:
         _check_batch_total(flags.max_batch_prefill_tokens, max_total, batch_total)
     return WarmupLimits(
-        # Decode rows are never held back: a step may have one for every request, and a prompt token.
-        max_batch_prefill_tokens=max(_prefill_tokens(flags, info), _most_rows(flags) + 1),
+        max_batch_prefill_tokens=derive.largest_step_tokens(_prefill_tokens(flags, info).value, _most_rows(flags)),
         max_batch_total_tokens=batch_total or 0,
         max_batch_size=flags.max_batch_size or 0,
         max_total_tokens=max_total or 0,
@@ -160,39 +161,54 @@ def resolve(flags: RouterFlags, info: ModelInfo, num_blocks: int, model_max_leng
     """
     capacity = num_blocks * info.block_size
     _check_batch_total(flags.max_batch_prefill_tokens, flags.max_total_tokens, capacity)
-    max_total = flags.max_total_tokens
-    if max_total is None:
-        max_total = min(capacity, info.max_position_embeddings or capacity, model_max_length or capacity)
+    total = derive.total_tokens(
+        flags.max_total_tokens,
+        capacity=capacity,
+        positions=info.max_position_embeddings,
+        model_max_length=model_max_length,
+    )
+    inputs = derive.input_tokens(flags.max_input_tokens, total.value)
+    prefill = _prefill_tokens(flags, info)
+    if prefill.value > capacity:
+        prefill = Limit(capacity, "all tokens of the KV cache")
     limits = Limits(
         max_best_of=flags.max_best_of,
         max_stop_sequences=flags.max_stop_sequences,
         max_top_n_tokens=min(flags.max_top_n_tokens, info.vocab_size),
-        max_input_tokens=max_total - 1 if flags.max_input_tokens is None else flags.max_input_tokens,
-        max_total_tokens=max_total,
+        max_input_tokens=inputs.value,
+        max_total_tokens=total.value,
         vocab_size=info.vocab_size,
         disable_grammar_support=flags.disable_grammar_support,
     )
     latency_ms = flags.max_inter_token_latency_ms
+    blocks = f"{num_blocks} blocks of {info.block_size}"
     return RouterConfig(
         limits=limits,
         max_concurrent_requests=flags.max_concurrent_requests,
-        max_batch_prefill_tokens=min(_prefill_tokens(flags, info), capacity),
+        max_batch_prefill_tokens=prefill.value,
         max_batch_total_tokens=capacity,
         max_batch_size=flags.max_batch_size,
         max_inter_token_latency_s=None if latency_ms is None else latency_ms / 1000,
+        derivations={
+            "max_input_tokens": inputs.why,
+            "max_total_tokens": total.why,
+            "max_batch_prefill_tokens": prefill.why,
+            "max_batch_total_tokens": f"{derive.GIVEN}, in {blocks}" if flags.max_batch_total_tokens else blocks,
+        },
     )
 
 
-def _prefill_tokens(flags: RouterFlags, info: ModelInfo) -> int:
-    if flags.max_batch_prefill_tokens is not None:
-        return flags.max_batch_prefill_tokens
-    # The decode rows of a full house come out of the same budget: they must leave room for a prompt.
-    default = CPU_BATCH_PREFILL_TOKENS if info.device_type == "cpu" else DEFAULT_BATCH_PREFILL_TOKENS
-    return max(default, _most_rows(flags) + info.block_size)
+def _prefill_tokens(flags: RouterFlags, info: ModelInfo) -> Limit:
+    return derive.batch_prefill_tokens(
+        flags.max_batch_prefill_tokens,
+        device_type=info.device_type,
+        rows=_most_rows(flags),
+        block_size=info.block_size,
+    )
 
 
 def _most_rows(flags: RouterFlags) -> int:
-    return min(flags.max_concurrent_requests, flags.max_batch_size or flags.max_concurrent_requests)
+    return derive.most_rows(flags.max_concurrent_requests, flags.max_batch_size)
 
 
 def _check_batch_total(max_prefill: int | None, max_total: int | None, batch_total: int) -> None:

@@ -104,10 +104,14 @@ def api_info(flags: RouterFlags, backend: Backend) -> Info:
 
 def _announce(backend: Backend, address: str) -> None:
     config, limits = backend.config, backend.config.limits
-    logger.info("Maximum input tokens: %s", limits.max_input_tokens)
-    logger.info("Maximum total tokens: %s", limits.max_total_tokens)
-    logger.info("Maximum batch prefill tokens: %s", config.max_batch_prefill_tokens)
-    logger.info("Maximum batch total tokens: %s", config.max_batch_total_tokens)
+    for name, value in (
+        ("max_input_tokens", limits.max_input_tokens),
+        ("max_total_tokens", limits.max_total_tokens),
+        ("max_batch_prefill_tokens", config.max_batch_prefill_tokens),
+        ("max_batch_total_tokens", config.max_batch_total_tokens),
+    ):
+        title = name.replace("max", "Maximum").replace("_", " ")
+        logger.info("%s: %s (%s)", title, value, config.derivations[name])
     logger.info("Connected")
     send_event("ready", f"Listening on {address}", seconds=backend.seconds, address=address)
 

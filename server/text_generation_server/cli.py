@@ -110,6 +110,53 @@ def download_weights(
         download_and_report(model_id, revision, os.environ, trust_remote_code=trust_remote_code)
 
 
+@app.command()
+def plan(
+    model_id: Annotated[str, typer.Argument(help="Hub id, local folder, or `embedded`.")],
+    revision: Revision = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="`cpu`, a GPU by name (L4) or by memory (24GiB); unset: what this machine has."),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="As of `serve`.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    num_shard: Annotated[int, typer.Option(help="Shards that the model is split over.")] = 1,
+    cuda_memory_fraction: Annotated[float, typer.Option(help="Share of the GPU's memory to use.")] = 1.0,
+    enable_prefill_logprobs: Annotated[bool, typer.Option("--enable-prefill-logprobs")] = False,
+    max_input_tokens: Annotated[int | None, typer.Option(help="This and the next: as of the router.")] = None,
+    max_total_tokens: Annotated[int | None, typer.Option()] = None,
+    max_batch_prefill_tokens: Annotated[int | None, typer.Option()] = None,
+    max_batch_total_tokens: Annotated[int | None, typer.Option()] = None,
+    max_batch_size: Annotated[int | None, typer.Option()] = None,
+    max_concurrent_requests: Annotated[int, typer.Option()] = 128,
+    logger_level: LoggerLevel = "INFO",
+    json_output: Annotated[bool, typer.Option("--json-output", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """Print what fits, without loading the model: exit code 0 if it does, 1 if not."""
+    with _reported(logger_level):
+        shard_config = config.resolve_plan(
+            config.PlanFlags(
+                model_id=model_id,
+                revision=revision,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                num_shard=num_shard,
+                cuda_memory_fraction=cuda_memory_fraction,
+                enable_prefill_logprobs=enable_prefill_logprobs,
+                max_input_tokens=max_input_tokens,
+                max_total_tokens=max_total_tokens,
+                max_batch_prefill_tokens=max_batch_prefill_tokens,
+                max_batch_total_tokens=max_batch_total_tokens,
+                max_batch_size=max_batch_size,
+                max_concurrent_requests=max_concurrent_requests,
+            ),
+            os.environ,
+        )
+        from text_generation_server.memory_report import run
+
+        run(shard_config, device, os.environ, as_json=json_output)
+
+
 # TGI's options are not declared one by one: all of them get the one answer.
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def quantize(

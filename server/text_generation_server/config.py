@@ -36,6 +36,11 @@ class ShardConfig:
     max_input_tokens: int | None = None
     max_total_tokens: int | None = None
     """Both are the router's, which refuses what is longer; here they are compared with the model's positions."""
+    max_batch_prefill_tokens: int | None = None
+    max_batch_total_tokens: int | None = None
+    max_batch_size: int | None = None
+    max_concurrent_requests: int = 128
+    """These too: a shard for which they are too much says so before it loads."""
     cuda_memory_fraction: float = 1.0
     swaps: bool = True
     """Replace modules by their faster equals; off runs the library's own modules (for tests and for diagnosis)."""
@@ -53,6 +58,9 @@ EMBEDDED_MODEL = "embedded"
 """The model id of the small model that ships with this package."""
 
 OTLP_SERVICE_NAME = "text-generation-inference.server"
+
+MAX_LIMIT = 2**31
+"""Of tokens and requests: what the contract's fields hold, with room to add up."""
 
 MAX_SOCKET_PATH_BYTES = 107
 """Of a unix socket on Linux, without the closing zero."""
@@ -76,6 +84,25 @@ class ServeFlags:
     max_input_tokens: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanFlags:
+    """The arguments of ``plan`` as given; None where an option was not."""
+
+    model_id: str
+    revision: str | None = None
+    dtype: str | None = None
+    trust_remote_code: bool = False
+    num_shard: int = 1
+    cuda_memory_fraction: float = 1.0
+    enable_prefill_logprobs: bool = False
+    max_input_tokens: int | None = None
+    max_total_tokens: int | None = None
+    max_batch_prefill_tokens: int | None = None
+    max_batch_total_tokens: int | None = None
+    max_batch_size: int | None = None
+    max_concurrent_requests: int = 128
+
+
 def resolve(flags: ServeFlags, env: Mapping[str, str]) -> ShardConfig:
     """Flags and environment -> configuration. Raises: ConfigError naming the flag or variable."""
     _refuse_unsupported(flags, env)
@@ -94,7 +121,11 @@ def resolve(flags: ServeFlags, env: Mapping[str, str]) -> ShardConfig:
         attention=env.get("ATTENTION") or None,
         prefill_logprobs=_boolean(env, "REQUEST_LOGPROBS", default=False),
         max_input_tokens=flags.max_input_tokens,
-        max_total_tokens=_integer(env, "MAX_TOTAL_TOKENS", default=1, least=1) if env.get("MAX_TOTAL_TOKENS") else None,
+        max_total_tokens=_limit(env, "MAX_TOTAL_TOKENS"),
+        max_batch_prefill_tokens=_limit(env, "MAX_BATCH_PREFILL_TOKENS"),
+        max_batch_total_tokens=_limit(env, "MAX_BATCH_TOTAL_TOKENS"),
+        max_batch_size=_limit(env, "MAX_BATCH_SIZE"),
+        max_concurrent_requests=_limit(env, "MAX_CONCURRENT_REQUESTS") or 128,
         cuda_memory_fraction=_fraction(env, "CUDA_MEMORY_FRACTION"),
         swaps=_boolean(env, "TGI_SWAPS", default=True),
         launcher_nonce=env.get("TGI_LAUNCHER_NONCE", ""),
@@ -104,6 +135,41 @@ def resolve(flags: ServeFlags, env: Mapping[str, str]) -> ShardConfig:
         world_size=world_size,
         master_addr=master_addr,
         master_port=master_port,
+    )
+
+
+def resolve_plan(flags: PlanFlags, env: Mapping[str, str]) -> ShardConfig:
+    """The configuration of the shard that is planned. Raises: ConfigError naming the flag."""
+    limits = {
+        "max_input_tokens": flags.max_input_tokens,
+        "max_total_tokens": flags.max_total_tokens,
+        "max_batch_prefill_tokens": flags.max_batch_prefill_tokens,
+        "max_batch_total_tokens": flags.max_batch_total_tokens,
+        "max_batch_size": flags.max_batch_size,
+        "max_concurrent_requests": flags.max_concurrent_requests,
+        "num_shard": flags.num_shard,
+    }
+    for name, value in limits.items():
+        if value is not None and not 1 <= value < MAX_LIMIT:
+            raise ConfigError(f"`--{name.replace('_', '-')}` must be at least 1 and below 2**31, got {value}")
+    if not 0 < flags.cuda_memory_fraction <= 1:
+        raise ConfigError(f"`--cuda-memory-fraction` must be in (0, 1], got {flags.cuda_memory_fraction:g}")
+    return ShardConfig(
+        model_id=flags.model_id,
+        revision=flags.revision,
+        dtype=_dtype(flags.dtype),
+        trust_remote_code=flags.trust_remote_code,
+        uds_path=Path(),
+        prefill_logprobs=flags.enable_prefill_logprobs,
+        max_input_tokens=flags.max_input_tokens,
+        max_total_tokens=flags.max_total_tokens,
+        max_batch_prefill_tokens=flags.max_batch_prefill_tokens,
+        max_batch_total_tokens=flags.max_batch_total_tokens,
+        max_batch_size=flags.max_batch_size,
+        max_concurrent_requests=flags.max_concurrent_requests,
+        cuda_memory_fraction=flags.cuda_memory_fraction,
+        swaps=_boolean(env, "TGI_SWAPS", default=True),
+        world_size=flags.num_shard,
     )
 
 
@@ -158,6 +224,11 @@ def _integer(env: Mapping[str, str], name: str, *, default: int, least: int) -> 
     if value < least:
         raise ConfigError(f"{name} must be at least {least}, got {value}")
     return value
+
+
+def _limit(env: Mapping[str, str], name: str) -> int | None:
+    """A limit of the router's; None where it is not set."""
+    return _integer(env, name, default=1, least=1) if env.get(name) else None
 
 
 def _fraction(env: Mapping[str, str], name: str) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import json
 import logging
 import os
 import time
@@ -18,22 +17,18 @@ import torch
 from text_generation_proto.logs import send_event
 from text_generation_proto.v1 import generate_pb2 as pb
 
+from text_generation_server.attention import registry
 from text_generation_server.config import ShardConfig
 from text_generation_server.distributed import Group, join
 from text_generation_server.engine.engine import Engine, compute_thread
-from text_generation_server.engine.executor import MAX_PROMPT_LOGITS_ROWS
-from text_generation_server.engine.memory import (
-    CPU_SHARE,
-    KVPlan,
-    ModelShape,
-    WarmupLimits,
-    available_cpu_bytes,
-    plan_kv_blocks,
-)
+from text_generation_server.engine.memory import KVPlan, WarmupLimits
 from text_generation_server.errors import first_line
 from text_generation_server.library_logs import route_library_logs
+from text_generation_server.model.footprint import Footprint
 from text_generation_server.model.loader import load_model
 from text_generation_server.model.runner import ModelRunner
+from text_generation_server.model.transformers_runner import TransformersRunner
+from text_generation_server.planning import plan_loaded, read_device, require_room
 from text_generation_server.rpc.server import listen
 from text_generation_server.rpc.service import TextGenerationService
 from text_generation_server.serve import stop_signals, timed
@@ -61,14 +56,15 @@ def run_shard(config: ShardConfig, source: ModelSource, env: Mapping[str, str], 
     with timed(seconds, "join"):
         group = compute.submit(join, config).result()
     with contextlib.ExitStack() as stack:
+        with timed(seconds, "plan"):
+            found = compute.submit(_require_room, config, source.folder, group).result()
         with timed(seconds, "load"):
             tokenizer = stack.enter_context(tokenizer_folder(source.folder, trust_remote_code=config.trust_remote_code))
             runner = compute.submit(load_model, config, source.folder, group, _progress_reporter()).result()
         compute.submit(_log_model, runner).result()  # each thread has its own number of threads
-        shape = _model_shape(runner, source.folder)
         engine = Engine(
             runner,
-            lambda runner, limits: _plan(runner, limits, shape, config),
+            lambda _, limits: _plan(runner, limits, found, config),
             block_size=config.block_size,
             prefill_logprobs=config.prefill_logprobs,
             is_leader=config.rank == 0,
@@ -166,42 +162,16 @@ def _broadcast(group: Group) -> Any:
     return group.broadcast if group.world_size > 1 else None
 
 
-def _model_shape(runner: ModelRunner, folder: Path) -> ModelShape:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config") or config
-
-    def first(*names: str) -> int:
-        return next((config[name] for name in names if isinstance(config.get(name), int)), 0)
-
-    hidden_size = first("hidden_size", "n_embd", "d_model") or 4096
-    return ModelShape(
-        kv_bytes_per_token=runner.info.kv_bytes_per_token,
-        vocab_size=runner.info.vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=first("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * hidden_size,
-        max_position_embeddings=runner.info.max_position_embeddings,
-    )
+def _require_room(config: ShardConfig, folder: Path, group: Group) -> Footprint:
+    # What can be refused for free comes first.
+    registry.candidates(config.attention, group.device)
+    return require_room(config, folder, read_device(config, group.device))
 
 
-def _plan(runner: ModelRunner, limits: WarmupLimits, shape: ModelShape, config: ShardConfig) -> KVPlan:
+def _plan(runner: TransformersRunner, limits: WarmupLimits, found: Footprint, config: ShardConfig) -> KVPlan:
     """Blocks for this device, from what is free on it now that the weights are loaded."""
-    if runner.info.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(runner.info.device)
-        available_bytes = max(0, int(free - (1 - config.cuda_memory_fraction) * total))
-        available = f"{available_bytes / 2**30:.2f} GiB, CUDA_MEMORY_FRACTION={config.cuda_memory_fraction:g}"
-    else:
-        left = available_cpu_bytes()
-        available_bytes = int(left * CPU_SHARE / config.world_size)
-        shared = f" for {config.world_size} shards" if config.world_size > 1 else ""
-        available = f"{available_bytes / 2**30:.2f} GiB, {CPU_SHARE:.0%} of what is free{shared}"
-    return plan_kv_blocks(
-        limits,
-        shape,
-        block_size=config.block_size,
-        available_bytes=available_bytes,
-        available=available,
-        prefill_logprobs_rows=MAX_PROMPT_LOGITS_ROWS if config.prefill_logprobs else 0,
-    )
+    device = read_device(config, runner.info.device)
+    return plan_loaded(found, runner.info, runner.layers, device, limits, config).kv
 
 
 def _info(config: ShardConfig, source: ModelSource, runner: ModelRunner, tokenizer: Path) -> pb.InfoResponse:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import typer
 from text_generation_launcher.config import resolve
 from text_generation_launcher.devices import Devices
 from text_generation_launcher.flags import Dtype, Flags
-from text_generation_launcher.plan import Launch, ProcessSpec, make_plan
+from text_generation_launcher.plan import Launch, ProcessSpec, make_plan, plan_spec
 
 FLAGS = [
     pytest.param(Flags(), id="defaults"),
@@ -87,6 +88,21 @@ def test_the_server_takes_the_launchers_argv(flags: Flags) -> None:
         values = parse(app, arguments(spec, "text_generation_server"))
         assert values["model_id"] == flags.model_id
         assert values["revision"] == flags.revision
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("device", [None, "24GiB"])
+def test_the_server_takes_the_argv_of_a_plan(flags: Flags, device: str | None) -> None:
+    from text_generation_server.cli import app
+
+    wanted = replace(flags, plan=True, plan_device=device, json_output=device is not None)
+    config = resolve(wanted, Devices(count=None, card=None))
+    values = parse(app, arguments(plan_spec(config, {}), "text_generation_server"))
+    assert values["device"] == device
+    assert values["json_output"] is (device is not None)
+    assert values["num_shard"] == config.num_shard
+    for name in ("model_id", "max_total_tokens", "max_batch_size", "max_concurrent_requests", "max_input_tokens"):
+        assert values[name] == getattr(flags, name)
 
 
 @pytest.mark.parametrize("flags", FLAGS)

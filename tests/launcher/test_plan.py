@@ -167,3 +167,10 @@ def test_a_shards_memory_is_tuned_and_what_the_user_sets_comes_last() -> None:
     made = plan({"GLIBC_TUNABLES": given})
     assert made.shards[0].env["GLIBC_TUNABLES"] == f"{tuned}:{given}"
     assert made.router.env["GLIBC_TUNABLES"] == given
+
+
+def test_a_shard_knows_the_limits_that_decide_about_memory() -> None:
+    env = plan(max_batch_prefill_tokens=7, max_total_tokens=5, max_batch_total_tokens=9).shards[0].env
+    assert (env["MAX_BATCH_PREFILL_TOKENS"], env["MAX_TOTAL_TOKENS"], env["MAX_BATCH_TOTAL_TOKENS"]) == ("7", "5", "9")
+    assert env["MAX_CONCURRENT_REQUESTS"] == "128"
+    assert "MAX_BATCH_SIZE" not in env

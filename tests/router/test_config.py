@@ -130,3 +130,18 @@ def test_what_turns_out_not_to_fit(flags: RouterFlags, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         resolve(flags, Model(), num_blocks=10)
     assert str(error.value) == message
+
+
+def test_every_limit_says_how_it_came_about() -> None:
+    automatic = resolve(RouterFlags(), Model(), num_blocks=100).derivations
+    assert automatic == {
+        "max_input_tokens": "`max_total_tokens` - 1",
+        "max_total_tokens": "all tokens of the KV cache",
+        "max_batch_prefill_tokens": "all tokens of the KV cache",
+        "max_batch_total_tokens": "100 blocks of 16",
+    }
+    flags = RouterFlags(
+        max_input_tokens=10, max_total_tokens=20, max_batch_prefill_tokens=30, max_batch_total_tokens=160
+    )
+    given = resolve(flags, Model(), num_blocks=10).derivations
+    assert set(given.values()) == {"as given", "as given, in 10 blocks of 16"}

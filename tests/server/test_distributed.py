@@ -14,6 +14,7 @@ import tiny_models
 import torch
 from text_generation_server import distributed
 from text_generation_server.config import ConfigError, ShardConfig
+from text_generation_server.model.footprint import survey
 from text_generation_server.model.loader import load_model
 from text_generation_server.model.parallel import shard_starts
 from two_ranks import MAX_NEW_TOKENS, PROMPTS, shard_config, two_ranks
@@ -33,8 +34,13 @@ def check(names: tuple[str, ...], tiny_model: MakeModel) -> None:
     for name, folder in folders.items():
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
         expected = paged_driver.generated(model, PROMPTS, max_new_tokens=MAX_NEW_TOKENS, eos_ids=[tiny_models.EOS_ID])
+        planned = survey(shard_config(0, 0), folder, "cpu").sizes
         for rank in range(2):
-            assert results[rank, name][0] == expected, f"{name} on rank {rank}"
+            tokens, kv_bytes, weight_bytes = results[rank, name]
+            assert tokens == expected, f"{name} on rank {rank}"
+            assert kv_bytes == planned.kv_bytes_per_token, f"{name} on rank {rank}"
+            # Kernels keep the small weights of norms in float32 as well.
+            assert weight_bytes == pytest.approx(planned.weight_bytes, rel=0.03), f"{name} on rank {rank}"
 
 
 def test_two_ranks_give_the_tokens_of_one(tiny_model: MakeModel) -> None:
@@ -50,7 +56,7 @@ def test_two_ranks_give_the_tokens_of_one_for_many_types(tiny_model: MakeModel) 
 def test_a_rank_caches_its_own_heads_only(tiny_model: MakeModel) -> None:
     folder = tiny_model("llama")
     alone = load_model(ShardConfig(model_id="tiny", uds_path=Path("unused")), folder).info.kv_bytes_per_token
-    assert {kv_bytes for _, kv_bytes in two_ranks({"llama": folder}).values()} == {alone // 2}
+    assert {kv_bytes for _, kv_bytes, _ in two_ranks({"llama": folder}).values()} == {alone // 2}
 
 
 @pytest.mark.parametrize(

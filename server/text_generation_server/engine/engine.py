@@ -20,6 +20,7 @@ import torch
 
 from text_generation_server.engine.batch import SequenceLimits
 from text_generation_server.engine.executor import Broadcast, Launched, StepExecutor
+from text_generation_server.engine.largest_step import largest_step, run
 from text_generation_server.engine.memory import KVPlan, WarmupLimits
 from text_generation_server.engine.steps import Step, StepFailure, StepResult
 from text_generation_server.errors import InvalidStep, NotEnoughMemory, ShardError, StaleEpoch, is_out_of_memory
@@ -93,10 +94,12 @@ class Engine:
         is_leader: bool = True,
         broadcast: Broadcast | None = None,
         run_ahead: bool | None = None,
+        verify_plan: bool | None = None,
         compute: Executor | None = None,
     ) -> None:
         """``run_ahead``: launch a queued step before the results of the one before it are read; None: on CUDA.
 
+        ``verify_plan``: run one step of the largest shape once the cache is allocated; None: on CUDA, for one rank.
         ``broadcast``: to the other ranks; None: there are none.
         ``compute``: the thread that loaded ``runner``, if it is not to be a new one.
         """
@@ -107,6 +110,10 @@ class Engine:
         self._is_leader = is_leader
         self._broadcast = broadcast
         self._run_ahead = runner.info.device.type == "cuda" if run_ahead is None else run_ahead
+        # Ranks may plan different numbers of blocks, and in steps of different shapes they would wait for each other.
+        self._verify_plan = (
+            runner.info.device.type == "cuda" and broadcast is None if verify_plan is None else verify_plan
+        )
         self._compute = compute or compute_thread()
         self._running: Future[None] | None = None
         self._jobs: queue.SimpleQueue[_StepJob | Callable[[], None]] = queue.SimpleQueue()
@@ -328,22 +335,43 @@ class Engine:
                 raise
             raise NotEnoughMemory(f"the KV cache could not be allocated: {error}") from error
         info = self._runner.info
+        sequence_limits = SequenceLimits(
+            vocab_size=info.vocab_size,
+            max_position_embeddings=info.max_position_embeddings,
+            block_size=self._block_size,
+            num_blocks=plan.num_blocks,
+            prefill_logprobs=self._prefill_logprobs,
+        )
         self._executor = StepExecutor(
             self._runner,
-            SequenceLimits(
-                vocab_size=info.vocab_size,
-                max_position_embeddings=info.max_position_embeddings,
-                block_size=self._block_size,
-                num_blocks=plan.num_blocks,
-                prefill_logprobs=self._prefill_logprobs,
-            ),
+            sequence_limits,
             is_leader=self._is_leader,
             broadcast=self._broadcast,
             on_progress=self.note_progress,
         )
+        if self._verify_plan:
+            self._verify(self._executor, limits, sequence_limits)
         self._kv_plan = (limits, plan)
         logger.debug("KV cache of %d blocks, %s", plan.num_blocks, plan.derivation)  # the router says it aloud
         return plan
+
+    def _verify(self, executor: StepExecutor, limits: WarmupLimits, sequence_limits: SequenceLimits) -> None:
+        """Raises: NotEnoughMemory where a step of the largest shape does not fit beside the cache."""
+        step = largest_step(limits, sequence_limits)
+        try:
+            run(executor, step)
+        except Exception as error:
+            self._executor = None
+            if not is_out_of_memory(error):
+                raise
+            error.__traceback__ = None  # it holds what was too much
+            self._runner.release_kv_cache()
+            _release_memory()
+            raise NotEnoughMemory(
+                f"the largest step, of {limits.max_batch_prefill_tokens} tokens, does not fit beside "
+                f"{sequence_limits.num_blocks} blocks of KV cache; decrease `--max-batch-prefill-tokens` or "
+                f"`--cuda-memory-fraction`"
+            ) from None
 
 
 def _release_memory() -> None:

@@ -26,6 +26,8 @@ from text_generation_server.generation.uniform import uniform
 
 _BLOCK = 256
 """Tokens that the inverse CDF sums up at once: two short searches instead of a running sum over the vocabulary."""
+FILTERED_ROWS = 32
+"""Rows that the filters look at together: they hold two dozen copies of each, and more rows are no faster."""
 _SPARE_TOP_TOKENS = 8
 """Places for ties at the last top token; more ties than that are read in a second, slower step."""
 
@@ -144,11 +146,11 @@ def _process(logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor | N
         temperatures = torch.tensor([row.parameters.temperature for row in rows], dtype=torch.float32)
         divide_by_temperature(logits_SV, temperatures.to(device))
     filtered = [index for index, row in enumerate(rows) if row.parameters.has_filter]
-    if filtered:
-        wanted = [rows[index].parameters for index in filtered]
-        filtered_F = torch.tensor(filtered, device=device)
-        logits_SV[filtered_F] = keep_likely(
-            logits_SV[filtered_F],
+    for some in (filtered[first : first + FILTERED_ROWS] for first in range(0, len(filtered), FILTERED_ROWS)):
+        wanted = [rows[index].parameters for index in some]
+        some_F = torch.tensor(some, device=device)
+        logits_SV[some_F] = keep_likely(
+            logits_SV[some_F],
             torch.tensor([parameters.top_k for parameters in wanted], device=device),
             torch.tensor([parameters.top_p for parameters in wanted], dtype=torch.float64, device=device),
             torch.tensor([parameters.typical_p for parameters in wanted], dtype=torch.float64, device=device),

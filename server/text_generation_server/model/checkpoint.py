@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from text_generation_server.config import ConfigError
+from text_generation_server.weights.checks import check_file
 
 FORBIDDEN_KEYS = frozenset(
     {
@@ -26,11 +27,15 @@ FORBIDDEN_PREFIXES = (
 )
 
 
+class NoWeights(ConfigError):
+    """A model folder without any, or with too few of them."""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Raises: ConfigError if the file is not a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path.name} of the model cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path.name} of the model is not a JSON object")
@@ -96,7 +101,7 @@ def _levels(config: dict[str, Any]) -> list[dict[str, Any]]:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: one, or those that its index names.
 
-    Raises: ConfigError if there are none, or the index leads out of the folder.
+    Raises: NoWeights; ConfigError if the index leads out of the folder.
     """
     index_file = folder / "model.safetensors.index.json"
     if index_file.is_file():
@@ -108,5 +113,14 @@ def weight_files(folder: Path) -> list[Path]:
         files = [folder / "model.safetensors"]
     missing = [path.name for path in files if not path.is_file()]
     if missing or not files:
-        raise ConfigError(f"the model has no weights in safetensors format: {missing[0] if missing else 'empty index'}")
+        raise NoWeights(f"the model has no weights in safetensors format: {missing[0] if missing else 'empty index'}")
     return files
+
+
+def num_tensors(folder: Path) -> int | None:
+    """How many tensors the weights have, from their headers; None where there are no weights yet."""
+    try:
+        files = weight_files(folder)
+    except NoWeights:
+        return None
+    return sum(len(check_file(path)) for path in files)

@@ -20,6 +20,7 @@ from text_generation_server.distributed import Group, alone
 from text_generation_server.engine.kv_cache import bytes_per_token
 from text_generation_server.errors import first_line
 from text_generation_server.model import bridge, checkpoint, parallel, probe, temperature
+from text_generation_server.model.architecture import Architecture, read_architecture, refused
 from text_generation_server.model.bridge import Unservable
 from text_generation_server.model.dtypes import resolve_dtype
 from text_generation_server.model.runner import ModelInfo
@@ -47,25 +48,17 @@ def load_model(
     """
     group = group or alone()
     progress = progress or (lambda what, done, total: None)
-    raw = checkpoint.read_json(folder / "config.json")
-    model_type = str(raw.get("model_type", "(none)"))
-    model_config = _model_config(config, folder, raw, model_type)
-    text_config = model_config.get_text_config(decoder=True)
-    if text_config is not model_config and not config.trust_remote_code:
-        raise _refused(model_type, "it is multimodal; only text models are served")
     # What can be refused without the weights is refused before they are read.
+    architecture = read_architecture(config, folder)
     registry.candidates(config.attention, group.device)
-    positions = max_positions(text_config)
-    _check_positions(config, positions)
-    dtype = resolve_dtype(config.dtype, checkpoint.stored_dtype(folder, raw), group.device)
-    model = _load(config, folder, model_config, model_type, dtype, group, progress)
+    model_type = architecture.model_type
+    dtype = resolve_dtype(config.dtype, checkpoint.stored_dtype(folder, architecture.raw), group.device)
+    model = _load(folder, architecture, dtype, group, progress)
     try:
-        return _prepare(
-            config, folder, raw, model_type, model, dtype, positions, group, progress, frozenset(without_swaps)
-        )
+        return _prepare(config, folder, architecture, model, dtype, group, progress, frozenset(without_swaps))
     except Unservable as reason:
         split = f" when split over {group.world_size} shards; try --num-shard 1" if group.world_size > 1 else ""
-        raise _refused(model_type, f"{reason}{split}") from reason
+        raise refused(model_type, f"{reason}{split}") from reason
     except _SwapsFailed as reason:
         logger.warning("model type `%s` runs with its own modules, which is slower: %s", model_type, reason)
     del model  # what was swapped is no more: the weights are loaded again
@@ -77,57 +70,9 @@ class _SwapsFailed(Exception):
     """The model can be served, but not with its modules swapped."""
 
 
-def _check_positions(config: ShardConfig, positions: int) -> None:
-    longest = config.max_total_tokens
-    if longest is not None and 0 < positions < longest:
-        raise ConfigError(
-            f"`max_total_tokens` must be <= the {positions} positions that the model was made for. Given: {longest}"
-        )
-    if config.max_input_tokens is not None and 0 < positions <= config.max_input_tokens:
-        raise ConfigError(
-            f"`max_input_tokens` must be < the {positions} positions that the model was made for. "
-            f"Given: {config.max_input_tokens}"
-        )
-
-
-def _refused(model_type: str, reason: str) -> ConfigError:
-    return ConfigError(f"model type `{model_type}` cannot be served: {reason}")
-
-
-def _model_config(config: ShardConfig, folder: Path, raw: dict[str, Any], model_type: str) -> Any:
-    """The library's configuration object, from data alone unless the user trusts the repository's code."""
-    import transformers
-
-    if raw.get("quantization_config"):
-        raise _refused(model_type, "its checkpoint is quantized in a way that is not supported")
-    if config.trust_remote_code and "auto_map" in raw:
-        try:
-            return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
-        except Exception as error:  # whatever the repository's code may raise
-            raise _refused(model_type, f"its own configuration code fails ({first_line(error)})") from error
-    if model_type not in transformers.CONFIG_MAPPING:
-        hint = "; --trust-remote-code would run the repository's own code" if "auto_map" in raw else ""
-        raise _refused(model_type, f"transformers {transformers.__version__} does not know it{hint}")
-    clean = checkpoint.strip_code(raw)
-    config_class: Any = transformers.CONFIG_MAPPING[model_type]
-    try:  # infinities are stored as {"__float__": "Infinity"}
-        return config_class.from_dict(getattr(config_class, "_decode_special_floats", lambda same: same)(clean))
-    except Exception as error:  # the library validates with many exception types
-        raise _refused(model_type, f"its config.json is not valid ({first_line(error)})") from error
-
-
-def _load(
-    config: ShardConfig,
-    folder: Path,
-    model_config: Any,
-    model_type: str,
-    dtype: torch.dtype,
-    group: Group,
-    progress: Progress,
-) -> nn.Module:
+def _load(folder: Path, architecture: Architecture, dtype: torch.dtype, group: Group, progress: Progress) -> nn.Module:
     """Weights in place, on this rank's device, each rank with its slices."""
-    import transformers
-
+    model_config, model_type, trusted = architecture.config, architecture.model_type, architecture.trusted
     options: dict[str, Any] = {"config": model_config, "dtype": dtype, "attn_implementation": "eager"}
     splitting: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if group.world_size > 1:
@@ -135,20 +80,14 @@ def _load(
         splitting = parallel.loading(group)
     elif group.device.type != "cpu":
         options["device_map"] = {"": group.device}
-    trusted = config.trust_remote_code and getattr(model_config, "auto_map", None)
     if trusted:
-        factory: Any = transformers.AutoModelForCausalLM
         options["trust_remote_code"] = True
-    else:
-        factory = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
-        if factory is None:
-            raise _refused(model_type, "transformers has no causal language model class for it")
     files = checkpoint.weight_files(folder)
     with _only_weights(folder, files) as clean_folder, _reported(progress), splitting as distributed_config:
         if distributed_config is not None:
             options["distributed_config"] = distributed_config
         try:
-            model, loaded = factory.from_pretrained(
+            model, loaded = architecture.factory.from_pretrained(
                 folder if trusted else clean_folder,
                 use_safetensors=True,
                 local_files_only=True,
@@ -158,10 +97,10 @@ def _load(
         except ConfigError:
             raise
         except Exception as error:
-            raise _refused(model_type, f"transformers cannot load it ({first_line(error)})") from error
+            raise refused(model_type, f"transformers cannot load it ({first_line(error)})") from error
     missing = sorted(loaded["missing_keys"])
     if missing:
-        raise _refused(model_type, f"its checkpoint lacks {len(missing)} weights, the first is {missing[0]}")
+        raise refused(model_type, f"its checkpoint lacks {len(missing)} weights, the first is {missing[0]}")
     model.eval().requires_grad_(False)
     module: nn.Module = model
     return module
@@ -170,11 +109,9 @@ def _load(
 def _prepare(
     config: ShardConfig,
     folder: Path,
-    raw: dict[str, Any],
-    model_type: str,
+    architecture: Architecture,
     model: Any,
     dtype: torch.dtype,
-    positions: int,
     group: Group,
     progress: Progress,
     without_swaps: frozenset[str],
@@ -198,13 +135,13 @@ def _prepare(
     )
     logits_width = expected.logits[0].shape[-1]
     info = ModelInfo(
-        model_type=model_type,
+        model_type=architecture.model_type,
         dtype=dtype,
         device=group.device,
         attention=attention,
         vocab_size=logits_width,
-        eos_token_ids=checkpoint.eos_token_ids(folder, raw, logits_width),
-        max_position_embeddings=positions,
+        eos_token_ids=checkpoint.eos_token_ids(folder, architecture.raw, logits_width),
+        max_position_embeddings=architecture.positions,
         window_size=min((layer.window or layer.chunk for layer in layers if layer.window or layer.chunk), default=0),
         kv_bytes_per_token=bytes_per_token(layers, dtype),
     )
@@ -221,7 +158,7 @@ def _prepare(
     probe.verify(runner.forward, expected, block_size=config.block_size, what="the paged forward pass")
     progress("probe", 1, 2)
     if config.swaps:
-        run = probe.dense_pass(model, vocab_size=vocab_size, max_positions=positions, device=group.device)
+        run = probe.dense_pass(model, vocab_size=vocab_size, max_positions=architecture.positions, device=group.device)
         try:
             with bridge.handling(probe.dense):
                 without = without_swaps if attention == "llvm" else without_swaps | {"kernels"}
@@ -233,31 +170,6 @@ def _prepare(
     runner.release_kv_cache()
     progress("probe", 2, 2)
     return runner
-
-
-def max_positions(text_config: Any) -> int:
-    """Longest sequence whose positions mean the same at every length; 0 if the configuration sets no limit.
-
-    Some rotary scalings (longrope) change all angles once a sequence passes the original length. In a paged cache the
-    earlier keys would keep their old angles, and a batch mate's length would decide: so the original length is the
-    limit there.
-    """
-    limit = 0
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length"):
-        value = getattr(text_config, name, None)
-        if isinstance(value, int) and value > 0:
-            limit = value
-            break
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    for scaling in (rope, *(each for each in rope.values() if isinstance(each, dict))):  # one, or one by layer type
-        if scaling.get("rope_type") != "longrope":
-            continue
-        original = scaling.get("original_max_position_embeddings")
-        original = original or getattr(text_config, "original_max_position_embeddings", None)
-        if isinstance(original, int) and 0 < original < limit:
-            logger.warning("longrope: sequences are limited to the original %d positions of %d", original, limit)
-            return original
-    return limit
 
 
 @contextlib.contextmanager

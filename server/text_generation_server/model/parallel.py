@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -133,8 +133,8 @@ def check_splittable(model_config: Any, text_config: Any, model_type: str, world
             f"model type `{model_type}` cannot be split over {world_size} shards: transformers has no tensor parallel"
             " plan for it; use --num-shard 1"
         )
-    if not any(style == "colwise" and "att" in name for name, style in plan.items()):
-        return  # attention is whole on every rank
+    if not splits_attention(plan):
+        return
     query_heads = text_config.num_attention_heads
     kv_heads = getattr(text_config, "num_key_value_heads", None) or query_heads
     for count, what in ((query_heads, "attention heads"), (kv_heads, "key/value heads")):
@@ -144,6 +144,18 @@ def check_splittable(model_config: Any, text_config: Any, model_type: str, world
                 f"model type `{model_type}` cannot be split over {world_size} shards: it has {count} {what};"
                 f" use --num-shard {' or '.join(choices)}"
             )
+
+
+def splits_attention(plan: Mapping[str, str]) -> bool:
+    """Whether each rank has heads of its own; else attention is whole on every rank."""
+    return any(style == "colwise" and "att" in name for name, style in plan.items())
+
+
+def is_split(parameter: str, plan: Mapping[str, str]) -> bool:
+    """Whether a rank holds only its slice of a parameter, by the plan of the whole model."""
+    owner, _, name = parameter.rpartition(".")
+    style = plan.get(_wildcard(parameter)) or plan.get(_wildcard(owner)) or ""
+    return "colwise" in style or ("rowwise" in style and name != "bias")
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from text_generation_proto.logs import send_event
 
 from text_generation_server.config import EMBEDDED_MODEL, ConfigError
 from text_generation_server.library_logs import route_library_logs
-from text_generation_server.weights.checks import INDEX_FILE, SINGLE_FILE, CorruptWeights, weight_files
+from text_generation_server.weights.checks import INDEX_FILE, SINGLE_FILE, CorruptWeights, check_folder, weight_files
 from text_generation_server.weights.download import fetch_file, fetch_weights
 from text_generation_server.weights.hub_errors import PAUSE_S, explained, retried
 
@@ -40,6 +40,7 @@ VOCABULARY_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*")
 TOKENIZER_SETTINGS = "tokenizer_config.json"
 """Most models have it; chat template and end-of-sequence token are named here."""
 PICKLED_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
+WEIGHT_FILES = (*PICKLED_FILES, "*.safetensors", "*.index.json", "*.gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,29 @@ def find_model(
     """The model's folder for ``serve``: what is on this machine already, else a download. Raises: ConfigError."""
     local = _local(model_id, revision, env, trust_remote_code=trust_remote_code)
     return local or _download(model_id, revision, env, trust_remote_code=trust_remote_code)
+
+
+def find_config(
+    model_id: str, revision: str | None, env: Mapping[str, str], *, trust_remote_code: bool = False
+) -> ModelSource:
+    """The model's folder for a plan, which needs no weights: of a model that is not on this machine only config.json
+    is fetched. Raises: ConfigError, as for `find_model` if there are weights that cannot be served.
+    """
+    local = _local(model_id, revision, env, trust_remote_code=trust_remote_code)
+    if local is not None:
+        if any(_matches(file.name, WEIGHT_FILES) for file in local.folder.iterdir()):
+            check_folder(local.folder)
+        else:
+            logger.warning("there are no weights in %s: the plan is made from config.json alone", local.folder)
+        return local
+    from huggingface_hub import constants
+
+    token = _token(env)
+    with explained(model_id, revision, has_token=token is not None):
+        config_file = fetch_file(
+            model_id, "config.json", revision, _cache_dir(env) or constants.HF_HUB_CACHE, token, _pause_s(env)
+        )
+    return ModelSource(config_file.parent, sha=config_file.parent.name)
 
 
 def download_and_report(
@@ -187,13 +211,21 @@ def _cache_dir(env: Mapping[str, str]) -> str | None:
     return env.get("HUGGINGFACE_HUB_CACHE") or None
 
 
+def _token(env: Mapping[str, str]) -> str | None:
+    return env.get("HF_TOKEN") or env.get("HF_API_TOKEN") or None
+
+
+def _pause_s(env: Mapping[str, str]) -> float:
+    return float(env.get("TGI_DOWNLOAD_PAUSE_S") or PAUSE_S)
+
+
 def _download(model_id: str, revision: str | None, env: Mapping[str, str], *, trust_remote_code: bool) -> ModelSource:
     from huggingface_hub import HfApi, constants
 
     route_library_logs("huggingface_hub")
-    token = env.get("HF_TOKEN") or env.get("HF_API_TOKEN") or None
+    token = _token(env)
     cache_dir = _cache_dir(env) or constants.HF_HUB_CACHE
-    pause_s = float(env.get("TGI_DOWNLOAD_PAUSE_S") or PAUSE_S)
+    pause_s = _pause_s(env)
     with explained(model_id, revision, has_token=token is not None):
         # By name, and so that the cache learns which commit the name means; everything after it is of that commit.
         config_file = fetch_file(model_id, "config.json", revision, cache_dir, token, pause_s)

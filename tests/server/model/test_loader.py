@@ -13,8 +13,9 @@ import pytest
 import torch
 from text_generation_server.config import ConfigError, Dtype, ShardConfig
 from text_generation_server.model import checkpoint, dtypes
+from text_generation_server.model.architecture import max_positions
 from text_generation_server.model.bridge import Unservable
-from text_generation_server.model.loader import load_model, max_positions
+from text_generation_server.model.loader import load_model
 from text_generation_server.model.swaps import linears, table
 from torch import nn
 

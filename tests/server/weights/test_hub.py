@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +47,19 @@ def test_a_download_brings_what_is_needed_and_says_where(hub: FakeHub, tmp_path:
 
     offline = download(hub, tmp_path, "org/model", HF_HUB_OFFLINE="1")
     assert offline.code == 0 and offline.events("resolved")[0]["sha"] == SHA
+
+
+def test_a_plan_brings_the_configuration_alone(hub: FakeHub, tmp_path: Path) -> None:
+    code = (
+        "import os; from text_generation_server.weights.hub import find_config\n"
+        "print(find_config('org/model', None, os.environ).folder)"
+    )
+    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert contents(Path(done.stdout.strip())) == ["config.json"]
+    assert download(hub, tmp_path, "org/model").code == 0, "a part of a model is no model"
+    assert hub.downloads("model.safetensors")
 
 
 def test_code_is_downloaded_only_for_who_trusts_it(hub: FakeHub, tmp_path: Path) -> None:
