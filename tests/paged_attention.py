@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from text_generation_server.attention.interface import AttentionBackend, LayerSpec
 from text_generation_server.engine.inputs import ForwardInputs
 from text_generation_server.engine.kv_cache import KVCache
 from torch import Tensor
+
+SCALING = 0.3
+
+
+@contextlib.contextmanager
+def uninitialised_is_nan() -> Iterator[None]:
+    """Memory that torch hands out inside holds not-a-number: what is not written is seen."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def obvious(
@@ -53,44 +67,50 @@ def check(
     sinks: bool = False,
     consecutive: bool = False,
     padding: int = 0,
+    poisoned: bool = False,
     dtype: torch.dtype = torch.float32,
     query_dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    seed: int = 0,
 ) -> None:
     """One step of one layer; ``rows`` are (tokens already cached, new tokens), one-token rows with a past first.
 
     ``others`` are further layers of the model. Blocks are handed out in random order, unless ``consecutive``. Queries
-    have the cache's ``dtype``, unless they are given one.
+    have the cache's ``dtype``, unless they are given one. With ``poisoned``, slots that no token of a row has written
+    hold not-a-number, and so does all memory that the back end asks for.
     """
-    torch.manual_seed(0)
-    rng = random.Random(0)
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
     contexts = [cached + new for cached, new in rows]
     counts = [-(-context // block_size) for context in contexts]
     free = list(range(1, sum(counts) + 1))
     if not consecutive:
         rng.shuffle(free)
     tables = [[free.pop(0) for _ in range(count)] for count in counts]
-    cpu = torch.device("cpu")
-    cache = KVCache([layer], num_blocks=sum(counts), block_size=block_size, dtype=dtype, device=cpu)
+    cache = KVCache([layer], num_blocks=sum(counts), block_size=block_size, dtype=dtype, device=torch.device(device))
+    if poisoned:
+        cache.layers[0].keys_KSD.fill_(math.nan)
+        cache.layers[0].values_KSE.fill_(math.nan)
     queries = [torch.randn(layer.query_heads, new, layer.key_dim, dtype=dtype) for _, new in rows]
     keys = [torch.randn(layer.kv_heads, context, layer.key_dim, dtype=dtype) for context in contexts]
     values = [torch.randn(layer.kv_heads, context, layer.value_dim, dtype=dtype) for context in contexts]
     slots = []
     for (cached, new), table, key, value in zip(rows, tables, keys, values, strict=True):
         places = [table[p // block_size] * block_size + p % block_size for p in range(cached + new)]
-        cache.layers[0].keys_KSD[:, places[:cached]] = key[:, :cached]
-        cache.layers[0].values_KSE[:, places[:cached]] = value[:, :cached]
+        cache.layers[0].keys_KSD[:, places[:cached]] = key[:, :cached].to(device)
+        cache.layers[0].values_KSE[:, places[:cached]] = value[:, :cached].to(device)
         slots += places[cached:]
     num_tokens = len(slots)
 
     def packed(parts: list[Tensor]) -> Tensor:
         """[heads, T, width], with padding that would poison everything it is mixed with."""
         heads, _, width = parts[0].shape
-        return torch.cat([*parts, torch.full((heads, padding, width), math.nan, dtype=dtype)], 1)
+        return torch.cat([*parts, torch.full((heads, padding, width), math.nan, dtype=dtype)], 1).to(device)
 
     inputs = ForwardInputs(
         input_ids_T=torch.zeros(num_tokens + padding, dtype=torch.int64),
         position_ids_T=torch.cat([*(torch.arange(cached, cached + new) for cached, new in rows), torch.zeros(padding)]),
-        slots_T=torch.tensor(slots),
+        slots_T=torch.tensor(slots, device=device),
         num_decode_rows=sum(new == 1 and cached > 0 for cached, new in rows),
         query_lens=[new for _, new in rows],
         context_lens=contexts,
@@ -98,21 +118,22 @@ def check(
         logits_indices_L=torch.zeros(1, dtype=torch.int64),
     )
     sinks_H = torch.randn(layer.query_heads) if sinks else None
-    backend = backend_class(layers=[*others, layer], block_size=block_size, dtype=dtype, device=cpu)
-    out_THE = backend.attend(
-        backend.prepare(inputs),
-        layer,
-        cache.layers[0],
-        packed(queries).to(query_dtype or dtype),
-        packed([key[:, cached:] for (cached, _), key in zip(rows, keys, strict=True)]),
-        packed([value[:, cached:] for (cached, _), value in zip(rows, values, strict=True)]),
-        scaling=0.3,
-        softcap=softcap,
-        sinks_H=sinks_H,
-    )
+    backend = backend_class(layers=[*others, layer], block_size=block_size, dtype=dtype, device=torch.device(device))
+    with uninitialised_is_nan() if poisoned else contextlib.nullcontext():
+        out_THE = backend.attend(
+            backend.prepare(inputs),
+            layer,
+            cache.layers[0],
+            packed(queries).to(query_dtype or dtype),
+            packed([key[:, cached:] for (cached, _), key in zip(rows, keys, strict=True)]),
+            packed([value[:, cached:] for (cached, _), value in zip(rows, values, strict=True)]),
+            scaling=SCALING,
+            softcap=softcap,
+            sinks_H=None if sinks_H is None else sinks_H.to(device),
+        ).cpu()
     expected = torch.cat(
         [
-            obvious(query.float(), key.float(), value.float(), layer, 0.3, softcap, sinks_H)
+            obvious(query.float(), key.float(), value.float(), layer, SCALING, softcap, sinks_H)
             for query, key, value in zip(queries, keys, values, strict=True)
         ]
     )

@@ -1,0 +1,24 @@
+"""From the host to a device without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Numbers = Sequence[int] | Sequence[float] | np.ndarray[tuple[int, ...], np.dtype[np.generic]]
+
+
+def to_device(numbers: Numbers, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A new tensor on ``device``, in stream order there.
+
+    Out of ordinary memory, CUDA copies only after all that was launched before: ``torch.tensor(..., device=device)`` in
+    the middle of a step makes the host wait for its forward pass. Out of pinned memory it does not, and torch keeps
+    that memory until the copy is done.
+    """
+    host = torch.as_tensor(numbers, dtype=dtype)
+    if device.type != "cuda":
+        return host.to(device, copy=isinstance(numbers, np.ndarray))
+    return host.pin_memory().to(device, non_blocking=True)
