@@ -9,11 +9,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from text_generation_server.attention.interface import AttentionBackend, LayerSpec
+from text_generation_server.attention.torch_paged import as_bytes
 from text_generation_server.engine.inputs import ForwardInputs
 from text_generation_server.engine.kv_cache import KVCache
 from torch import Tensor
-
-SCALING = 0.3
 
 
 @contextlib.contextmanager
@@ -56,6 +55,12 @@ def obvious(
     return (scores.softmax(-1)[..., :num_keys] @ values).transpose(0, 1)
 
 
+def cut_off(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another format, what is too large for it being the largest that it has."""
+    largest = torch.finfo(dtype).max
+    return numbers.float().clamp(-largest, largest).to(dtype)
+
+
 def check(
     backend_class: type[AttentionBackend],
     layer: LayerSpec,
@@ -63,20 +68,24 @@ def check(
     *,
     block_size: int,
     others: Sequence[LayerSpec] = (),
+    scaling: float = 0.3,
     softcap: float = 0.0,
     sinks: bool = False,
     consecutive: bool = False,
     padding: int = 0,
     poisoned: bool = False,
+    exact: bool = False,
     dtype: torch.dtype = torch.float32,
     query_dtype: torch.dtype | None = None,
+    kv_dtype: torch.dtype | None = None,
     device: str = "cpu",
     seed: int = 0,
 ) -> None:
     """One step of one layer; ``rows`` are (tokens already cached, new tokens), one-token rows with a past first.
 
     ``others`` are further layers of the model. Blocks are handed out in random order, unless ``consecutive``. Queries
-    have the cache's ``dtype``, unless they are given one. With ``poisoned``, slots that no token of a row has written
+    have the cache's ``dtype``, unless they are given one; the cache may have another, ``kv_dtype``, which holds keys
+    and values without rounding if they are to be ``exact``. With ``poisoned``, slots that no token of a row has written
     hold not-a-number, and so does all memory that the back end asks for.
     """
     torch.manual_seed(seed)
@@ -87,18 +96,27 @@ def check(
     if not consecutive:
         rng.shuffle(free)
     tables = [[free.pop(0) for _ in range(count)] for count in counts]
-    cache = KVCache([layer], num_blocks=sum(counts), block_size=block_size, dtype=dtype, device=torch.device(device))
+    where = torch.device(device)
+    cache = KVCache(
+        [layer], num_blocks=sum(counts), block_size=block_size, dtype=kv_dtype or dtype, device=torch.device(device)
+    )
     if poisoned:
-        cache.layers[0].keys_KSD.fill_(math.nan)
-        cache.layers[0].values_KSE.fill_(math.nan)
+        cache.layers[0].keys_KSD.copy_(torch.tensor(math.nan))
+        cache.layers[0].values_KSE.copy_(torch.tensor(math.nan))
     queries = [torch.randn(layer.query_heads, new, layer.key_dim, dtype=dtype) for _, new in rows]
     keys = [torch.randn(layer.kv_heads, context, layer.key_dim, dtype=dtype) for context in contexts]
     values = [torch.randn(layer.kv_heads, context, layer.value_dim, dtype=dtype) for context in contexts]
+    kept_keys, kept_values = keys, values
+    if kv_dtype is not None:
+        if exact:
+            keys, values = ([each.to(kv_dtype).to(dtype) for each in numbers] for numbers in (keys, values))
+        values[-1][:, -1] *= 1e6  # no room for it
+        kept_keys, kept_values = ([cut_off(each, kv_dtype) for each in numbers] for numbers in (keys, values))
     slots = []
-    for (cached, new), table, key, value in zip(rows, tables, keys, values, strict=True):
+    for (cached, new), table, key, value in zip(rows, tables, kept_keys, kept_values, strict=True):
         places = [table[p // block_size] * block_size + p % block_size for p in range(cached + new)]
-        cache.layers[0].keys_KSD[:, places[:cached]] = key[:, :cached].to(device)
-        cache.layers[0].values_KSE[:, places[:cached]] = value[:, :cached].to(device)
+        as_bytes(cache.layers[0].keys_KSD)[:, places[:cached]] = as_bytes(key[:, :cached]).to(device)
+        as_bytes(cache.layers[0].values_KSE)[:, places[:cached]] = as_bytes(value[:, :cached]).to(device)
         slots += places[cached:]
     num_tokens = len(slots)
 
@@ -118,7 +136,13 @@ def check(
         logits_indices_L=torch.zeros(1, dtype=torch.int64),
     )
     sinks_H = torch.randn(layer.query_heads) if sinks else None
-    backend = backend_class(layers=[*others, layer], block_size=block_size, dtype=dtype, device=torch.device(device))
+    backend = backend_class(
+        layers=[*others, layer],
+        block_size=block_size,
+        dtype=dtype,
+        device=where,
+        kv_dtype=kv_dtype,
+    )
     with uninitialised_is_nan() if poisoned else contextlib.nullcontext():
         out_THE = backend.attend(
             backend.prepare(inputs),
@@ -127,18 +151,20 @@ def check(
             packed(queries).to(query_dtype or dtype),
             packed([key[:, cached:] for (cached, _), key in zip(rows, keys, strict=True)]),
             packed([value[:, cached:] for (cached, _), value in zip(rows, values, strict=True)]),
-            scaling=SCALING,
+            scaling=scaling,
             softcap=softcap,
             sinks_H=None if sinks_H is None else sinks_H.to(device),
         ).cpu()
     expected = torch.cat(
         [
-            obvious(query.float(), key.float(), value.float(), layer, SCALING, softcap, sinks_H)
-            for query, key, value in zip(queries, keys, values, strict=True)
+            obvious(query.float(), key.float(), value.float(), layer, scaling, softcap, sinks_H)
+            for query, key, value in zip(queries, kept_keys, kept_values, strict=True)
         ]
     )
     assert out_THE.dtype == (query_dtype or dtype)
     assert out_THE.shape == (num_tokens + padding, layer.query_heads, layer.value_dim)
     tolerance = 1e-5 if out_THE.dtype == dtype == torch.float32 else 3e-2
+    if kv_dtype is not None:  # the numbers without room are large: measured by them
+        out_THE, expected = out_THE / expected.abs().max(), expected / expected.abs().max()
     torch.testing.assert_close(out_THE[:num_tokens].float(), expected, rtol=tolerance, atol=tolerance)
     assert not out_THE[num_tokens:].any()

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+DEFAULT_BLOCK_SIZE = 16
+"""Tokens of a block of KV cache."""
+
 
 class ConfigError(ValueError):
     """The shard cannot be started as asked; the text says why and what to change, in one line."""
@@ -31,7 +34,7 @@ class ShardConfig:
     """Socket of rank r: ``{uds_path}-{r}``."""
     attention: str | None = None
     """Name in the attention registry; None picks by device."""
-    block_size: int = 16
+    block_size: int = DEFAULT_BLOCK_SIZE
     prefill_logprobs: bool = False
     max_input_tokens: int | None = None
     max_total_tokens: int | None = None
@@ -51,6 +54,9 @@ class ShardConfig:
 
 EMBEDDED_MODEL = "embedded"
 """The model id of the small model that ships with this package."""
+
+BLOCK_SIZES = {"flash-attn": 256, "varlen": 256}
+"""Tokens of a block for the attention back ends whose kernels want more than 16; when they are asked for by name."""
 
 OTLP_SERVICE_NAME = "text-generation-inference.server"
 
@@ -85,13 +91,15 @@ def resolve(flags: ServeFlags, env: Mapping[str, str]) -> ShardConfig:
         raise ConfigError(f"`--uds-path {uds_path}` is longer than a unix socket's path may be; choose a shorter one")
     if flags.max_input_tokens is not None and flags.max_input_tokens < 1:
         raise ConfigError(f"`--max-input-tokens` must be at least 1, got {flags.max_input_tokens}")
+    attention = env.get("ATTENTION") or None
     return ShardConfig(
         model_id=flags.model_id,
         revision=flags.revision,
         dtype=_dtype(flags.dtype),
         trust_remote_code=flags.trust_remote_code,
         uds_path=uds_path,
-        attention=env.get("ATTENTION") or None,
+        attention=attention,
+        block_size=BLOCK_SIZES.get(attention or "", DEFAULT_BLOCK_SIZE),
         prefill_logprobs=_boolean(env, "REQUEST_LOGPROBS", default=False),
         max_input_tokens=flags.max_input_tokens,
         max_total_tokens=_integer(env, "MAX_TOTAL_TOKENS", default=1, least=1) if env.get("MAX_TOTAL_TOKENS") else None,

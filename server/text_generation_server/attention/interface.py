@@ -26,11 +26,18 @@ class LayerSpec:
     """A query sees itself and the ``window - 1`` tokens before it; 0 is all of them."""
     chunk: int = 0
     """A query sees only tokens of its own chunk, ``position // chunk``; 0 is off. Never together with a window."""
+    softcap: float = 0.0
+    """0 is off. Said here for back ends that have none; what `AttentionBackend.attend` is given counts."""
+    has_sinks: bool = False
+    """Likewise."""
 
 
 @dataclass(slots=True)
 class LayerCache:
-    """Keys and values of one layer, head-major: a head's tokens are adjacent, which is how attention reads them."""
+    """Keys and values of one layer, head-major: a head's tokens are adjacent, which is how attention reads them.
+
+    In the number format of the cache, which may be narrower than the one that is computed in.
+    """
 
     keys_KSD: Tensor
     values_KSE: Tensor
@@ -43,8 +50,16 @@ class Unsupported(Exception):
 class AttentionBackend(Protocol):
     """One way to attend over a paged cache. ``prepare`` runs once a step, ``attend`` once a layer and step."""
 
-    def __init__(self, *, layers: list[LayerSpec], block_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Raises: Unsupported."""
+    def __init__(
+        self,
+        *,
+        layers: list[LayerSpec],
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        """``kv_dtype``: of the cache; None: ``dtype``. Raises: Unsupported."""
 
     def prepare(self, inputs: ForwardInputs) -> Any:
         """Everything of a step that all layers share: gather indices, masks, lengths."""
@@ -63,6 +78,8 @@ class AttentionBackend(Protocol):
         sinks_H: Tensor | None = None,
     ) -> Tensor:
         """Write the new keys and values to the cache, then attend; returns [T, H, E] in the query's dtype.
+
+        Where the cache's number format has no room for a number, the largest that it has is written.
 
         ``softcap`` c replaces scores by ``c * tanh(scores / c)`` before the mask; ``sinks_H`` adds to each head's
         softmax a logit that has no value. Softmax is computed in float32.

@@ -77,10 +77,13 @@ class TritonPaged:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         reason = arithmetic.reason_unavailable(device)
         if reason is not None:
             raise Unsupported(reason)
+        if kv_dtype == torch.float8_e4m3fn and device.type == "cuda" and _capability(device) < (8, 9):
+            raise Unsupported(f"{kv_dtype} needs a GPU of compute capability 8.9 or more; float8_e5m2 does not")
         if dtype not in arithmetic.FLOATS:
             raise Unsupported(f"it does not compute in {dtype}")
         widest = max(max(layer.key_dim, layer.value_dim) for layer in layers)
@@ -231,3 +234,7 @@ def _parts(context: int, window: int, chunk: int) -> int:
 
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -66,6 +66,8 @@ class Recorder:
                 value_dim=value_KTE.shape[2],
                 window=window,
                 chunk=chunk,
+                softcap=float(arguments.get("softcap") or 0.0),
+                has_sinks=arguments.get("s_aux") is not None,
             )
         )
         return dense(module, query_HTD, key_KTD, value_KTE, arguments)
