@@ -43,6 +43,28 @@ class LayerCache:
     values_KSE: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Rotary embedding of half-split heads, which a back end that knows of it does on the way into the cache."""
+
+    cos_TD: Tensor
+    sin_TD: Tensor
+    norm_HD: Tensor | None = None
+    """Query and key heads are RMS-normalised and scaled by these before, key heads by the last rows."""
+    eps: float = 0.0
+
+    def plainly(self, query_HTD: Tensor, key_KTD: Tensor) -> tuple[Tensor, Tensor]:
+        """By torch's operators, in float32, rounded once."""
+        heads = torch.cat((query_HTD, key_KTD)).float()
+        if self.norm_HD is not None:
+            heads = heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + self.eps)
+            heads = heads * self.norm_HD.float()[:, None]
+        left, right = heads.chunk(2, -1)
+        rotated = heads * self.cos_TD + torch.cat((-right, left), -1) * self.sin_TD
+        query, key = torch.split(rotated.to(query_HTD.dtype), [query_HTD.shape[0], key_KTD.shape[0]])
+        return query, key
+
+
 class Unsupported(Exception):
     """A back end cannot serve these layers here; the text is the reason, without a subject."""
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from text_generation_server.attention.interface import LayerCache, LayerSpec, Unsupported
+from text_generation_server.attention.interface import LayerCache, LayerSpec, Rotation, Unsupported
 from text_generation_server.attention.torch_paged import first_seen
 from text_generation_server.engine.inputs import ForwardInputs
-from text_generation_server.gpu_kernels import arithmetic, cache_write, paged_decode, paged_prefill
+from text_generation_server.gpu_kernels import arithmetic, cache_write, paged_decode, paged_prefill, rotary
 from text_generation_server.transfer import to_device
 
 PROGRAMS_PER_PROCESSOR = 4
@@ -168,14 +168,21 @@ class TritonPaged:
         scaling: float,
         softcap: float = 0.0,
         sinks_H: Tensor | None = None,
+        rotation: Rotation | None = None,
     ) -> Tensor:
+        """As `AttentionBackend.attend`; with a ``rotation``, queries and keys come as they are before it."""
         dtype, rows = query_HTD.dtype, plan.num_rows
         query_HTD, key_KTD, value_KTE = (self._readable(each) for each in (query_HTD, key_KTD, value_KTE))
         # Kernels read memory as they were told the shapes are.
         assert query_HTD.shape[::2] == (layer.query_heads, layer.key_dim)
         assert key_KTD.shape[::2] == (layer.kv_heads, layer.key_dim)
         assert value_KTE.shape[::2] == (layer.kv_heads, layer.value_dim)
-        cache_write.write(key_KTD, value_KTE, cache.keys_KSD, cache.values_KSE, plan.slots_T)
+        if rotation is None:
+            cache_write.write(key_KTD, value_KTE, cache.keys_KSD, cache.values_KSE, plan.slots_T)
+        else:
+            query_HTD = rotary.rotate_and_write(
+                query_HTD, key_KTD, value_KTE, rotation, cache.keys_KSD, cache.values_KSE, plan.slots_T
+            )
         out_THE = query_HTD.new_empty((query_HTD.shape[1], layer.query_heads, layer.value_dim))
         if query_HTD.shape[1] > plan.num_tokens:
             out_THE[plan.num_tokens :] = 0  # not what lay there: it may be not-a-number

@@ -224,8 +224,8 @@ def _prepare(
         run = probe.dense_pass(model, vocab_size=vocab_size, max_positions=positions, device=group.device)
         try:
             with bridge.handling(probe.dense):
-                without = without_swaps if attention == "llvm" else without_swaps | {"kernels"}
-                swaps.apply(model, dtype=dtype, run=run, without=without)
+                without = without_swaps if attention in ("llvm", "triton") else without_swaps | {"kernels"}
+                swaps.apply(model, dtype=dtype, run=run, without=without, on_gpu=attention == "triton")
             runner.allocate_kv_cache(probe.blocks_needed(config.block_size))
             probe.verify(runner.forward, expected, block_size=config.block_size, what="the pass with swapped modules")
         except Unservable as reason:

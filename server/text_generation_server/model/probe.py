@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from text_generation_server.attention.interface import LayerSpec
+from text_generation_server.attention.interface import LayerSpec, Rotation
 from text_generation_server.engine.batch import Row, Sequence
 from text_generation_server.engine.inputs import ForwardInputs, build_inputs
 from text_generation_server.errors import first_line
@@ -77,6 +77,9 @@ def dense(
     module: nn.Module, query_HTD: Tensor, key_KTD: Tensor, value_KTE: Tensor, arguments: dict[str, Any]
 ) -> Tensor:
     """Handler that attends causally without a cache: enough to see shapes, and to compare modules with each other."""
+    rotation: Rotation | None = arguments.get("rotation")
+    if rotation is not None:
+        query_HTD, key_KTD = rotation.plainly(query_HTD, key_KTD)
     out = F.scaled_dot_product_attention(
         query_HTD[None],
         key_KTD[None],

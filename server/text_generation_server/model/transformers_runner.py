@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from text_generation_server.attention.interface import AttentionBackend, LayerSpec
+from text_generation_server.attention.interface import AttentionBackend, LayerSpec, Rotation
 from text_generation_server.engine.inputs import ForwardInputs
 from text_generation_server.engine.kv_cache import KVCache
 from text_generation_server.model import bridge
@@ -40,9 +40,15 @@ class PagedStep:
         runner = self.runner
         self.calls += 1
         runner.on_progress()
+        options: dict[str, Any] = {}
+        rotation: Rotation | None = arguments.get("rotation")
         temperature = runner.temperatures.get(index)
         if temperature is not None:
+            if rotation is not None:  # the norms before it would undo the scaling
+                query_HTD, key_KTD = rotation.plainly(query_HTD, key_KTD)
             query_HTD = temperature.apply(query_HTD, self.positions_T)
+        elif rotation is not None:
+            options["rotation"] = rotation
         scaling = arguments.get("scaling")
         return runner.backend.attend(
             self.plan,
@@ -54,6 +60,7 @@ class PagedStep:
             scaling=query_HTD.shape[2] ** -0.5 if scaling is None else scaling,
             softcap=arguments.get("softcap") or 0.0,
             sinks_H=arguments.get("s_aux"),
+            **options,
         )
 
 
