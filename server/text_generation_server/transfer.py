@@ -12,7 +12,7 @@ Numbers = Sequence[int] | Sequence[float] | np.ndarray[tuple[int, ...], np.dtype
 
 
 def to_device(numbers: Numbers, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A new tensor on ``device``, in stream order there.
+    """The numbers on ``device``, in stream order there. On a CPU it may be an array's own memory.
 
     Out of ordinary memory, CUDA copies only after all that was launched before: ``torch.tensor(..., device=device)`` in
     the middle of a step makes the host wait for its forward pass. Out of pinned memory it does not, and torch keeps
@@ -20,5 +20,5 @@ def to_device(numbers: Numbers, dtype: torch.dtype, device: torch.device) -> Ten
     """
     host = torch.as_tensor(numbers, dtype=dtype)
     if device.type != "cuda":
-        return host.to(device, copy=isinstance(numbers, np.ndarray))
+        return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
