@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Numbers = Sequence[int] | Sequence[float] | np.ndarray[tuple[int, ...], np.dtype[np.generic]]
+Numbers = (
+    Sequence[int] | Sequence[float] | Sequence[tuple[int, ...]] | np.ndarray[tuple[int, ...], np.dtype[np.generic]]
+)
 
 
 def to_device(numbers: Numbers, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -22,3 +24,9 @@ def to_device(numbers: Numbers, dtype: torch.dtype, device: torch.device) -> Ten
     if device.type != "cuda":
         return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
+
+
+def put(numbers: Numbers, target: Tensor) -> None:
+    """The same into a tensor that is there."""
+    host = torch.as_tensor(numbers, dtype=target.dtype)
+    target.copy_(host.pin_memory() if target.device.type == "cuda" else host, non_blocking=True)

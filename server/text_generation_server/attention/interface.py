@@ -6,7 +6,7 @@ Shape legend: T tokens of a step, H query heads, K key/value heads, D key width,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -105,4 +105,21 @@ class AttentionBackend(Protocol):
 
         ``softcap`` c replaces scores by ``c * tanh(scores / c)`` before the mask; ``sinks_H`` adds to each head's
         softmax a logit that has no value. Softmax is computed in float32.
+        """
+
+
+@runtime_checkable
+class StaticBackend(Protocol):
+    """A back end whose launches for decode rows depend on the number of rows alone: CUDA graphs can hold them."""
+
+    def static_plan(self, num_rows: int, *, max_tokens: int) -> Any:
+        """What `AttentionBackend.prepare` gives, for as many decode rows that are empty until `update`.
+
+        An empty row has no context, gives zeros and writes to slot 0. ``max_tokens``: of a sequence.
+        """
+
+    def update(self, plan: Any, inputs: ForwardInputs) -> bool:
+        """Put the decode rows of a step in place, in stream order; the plan's further rows are empty from then on.
+
+        Returns: whether there is room for them, else nothing is changed.
         """

@@ -1,5 +1,8 @@
 """Paged attention on a GPU by Triton kernels of ours that read the cache in place, for every kind of layer.
 
+Decode rows and prompt chunks of a step are one launch each. What launches for decode rows depend on, besides what is in
+tensors, is the number of rows alone: `static_plan` makes one for CUDA graphs.
+
 Shape legend: T tokens of the step, R decode rows, C prompt chunks, H query heads, K key/value heads, D key width, E
 value width, S cache slots, U parts of all decode rows, B columns of block tables, N units of prompt chunks.
 """
@@ -17,20 +20,25 @@ from text_generation_server.attention.interface import LayerCache, LayerSpec, Ro
 from text_generation_server.attention.torch_paged import first_seen
 from text_generation_server.engine.inputs import ForwardInputs
 from text_generation_server.gpu_kernels import arithmetic, cache_write, paged_decode, paged_prefill, rotary
-from text_generation_server.transfer import to_device
+from text_generation_server.transfer import put, to_device
 
 PROGRAMS_PER_PROCESSOR = 4
 """Programs that share the parts of decode rows, where there are parts for so many."""
+STATIC_PARTS = 4096
+"""Of all rows of a static plan, at most: 64 MiB for 32 heads 128 wide. A million tokens of context, and steps with more
+run without a graph."""
 WIDEST_HEAD = 256
 """Wider ones leave no room for a second tile of keys."""
+
+Int32s = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 
 
 @dataclass(slots=True)
 class Rows:
     """What the layers of one window read for decode rows."""
 
-    offsets_R: Tensor
-    """int32; the first of a row's parts among those of all rows."""
+    index: int
+    """In X of the plan: where each row's parts begin among those of all rows."""
     num_parts: int
     """Of all rows, or room for as many."""
     most_parts: int
@@ -56,8 +64,8 @@ class Plan:
     num_tokens: int
     """Of all rows; the step may have padding behind them."""
     slots_T: Tensor
-    contexts_R: Tensor
-    """int32."""
+    numbers_XR: Tensor
+    """int32: the rows' contexts, then where each row's parts begin, for layers of each window."""
     tables_RB: Tensor
     """int32; unused columns are 0."""
     rows: dict[tuple[int, int], Rows]
@@ -96,6 +104,7 @@ class TritonPaged:
         self._groups = sorted({layer.query_heads // layer.kv_heads for layer in layers})
         self._part_numbers = max(layer.query_heads * (layer.value_dim + 2) for layer in layers)
         """float32 numbers that one part leaves."""
+        self._static_scratch = self._scratch(0)
         self._programs = PROGRAMS_PER_PROCESSOR * _processors(device)
 
     # -- once a step ---------------------------------------------------------------------------------------------
@@ -103,22 +112,57 @@ class TritonPaged:
     def prepare(self, inputs: ForwardInputs) -> Plan:
         num_rows, num_chunks = inputs.num_decode_rows, len(inputs.query_lens) - inputs.num_decode_rows
         contexts = inputs.context_lens[:num_rows]
-        numbers = [contexts, *(self._offsets(contexts, *sight) for sight in self._sights)]
-        numbers_XR = to_device(np.array(numbers, dtype=np.int32), torch.int32, self.device)
-        rows = {
-            sight: Rows(numbers_XR[1 + index], *self._count(contexts, *sight))
-            for index, sight in enumerate(self._sights)
-        }
+        rows = {sight: Rows(1 + index, *self._count(contexts, *sight)) for index, sight in enumerate(self._sights)}
         return Plan(
             num_rows=num_rows,
             num_tokens=inputs.slots_T.shape[0],
             slots_T=inputs.slots_T,
-            contexts_R=numbers_XR[0],
-            tables_RB=self._tables(inputs.block_tables[:num_rows], contexts),
+            numbers_XR=to_device(self._numbers(contexts), torch.int32, self.device),
+            tables_RB=to_device(self._tables(inputs.block_tables[:num_rows], contexts), torch.int32, self.device),
             rows=rows,
             chunks=self._chunks(inputs.without_decode_rows()) if num_chunks else None,
             scratch=self._scratch(max(each.num_parts for each in rows.values())),
         )
+
+    def static_plan(self, num_rows: int, *, max_tokens: int) -> Plan:
+        rows = {}
+        for index, (window, chunk) in enumerate(self._sights):
+            span = min(window or chunk or max_tokens, max_tokens)
+            most = min(paged_decode.num_parts(0, max_tokens), paged_decode.num_parts(0, span) + 1)
+            rows[window, chunk] = Rows(1 + index, min(num_rows * most, STATIC_PARTS), most)
+        num_parts = max(each.num_parts for each in rows.values())
+        if self._static_scratch.shape[0] < num_parts * self._part_numbers:
+            self._static_scratch = self._scratch(num_parts)
+        return Plan(
+            num_rows=num_rows,
+            num_tokens=num_rows,
+            slots_T=torch.zeros(num_rows, dtype=torch.int64, device=self.device),
+            numbers_XR=torch.zeros((1 + len(rows), num_rows), dtype=torch.int32, device=self.device),
+            tables_RB=torch.zeros((num_rows, -(-max_tokens // self.block_size)), dtype=torch.int32, device=self.device),
+            rows=rows,
+            chunks=None,
+            scratch=self._static_scratch,
+        )
+
+    def update(self, plan: Plan, inputs: ForwardInputs) -> bool:
+        num_rows, contexts = inputs.num_decode_rows, inputs.context_lens
+        assert num_rows == len(contexts) <= plan.num_rows, "decode rows alone"
+        for sight, rows in plan.rows.items():
+            num_parts, most_parts = self._count(contexts, *sight)
+            if num_parts > rows.num_parts or most_parts > rows.most_parts:
+                return False
+        tables = self._tables(inputs.block_tables, contexts)
+        if tables.shape[1] > plan.tables_RB.shape[1]:
+            return False
+        put(self._numbers([*contexts, *[0] * (plan.num_rows - num_rows)]), plan.numbers_XR)
+        put(tables, plan.tables_RB[:num_rows, : tables.shape[1]])
+        plan.slots_T[:num_rows].copy_(inputs.slots_T)
+        plan.slots_T[num_rows:].zero_()
+        return True
+
+    def _numbers(self, contexts: Sequence[int]) -> Int32s:
+        numbers = [contexts, *(self._offsets(contexts, *sight) for sight in self._sights)]
+        return np.array(numbers, dtype=np.int32)
 
     def _offsets(self, contexts: Sequence[int], window: int, chunk: int) -> list[int]:
         offsets, end = [], 0
@@ -132,19 +176,19 @@ class TritonPaged:
         counts = [_parts(context, window, chunk) for context in contexts]
         return sum(counts), max(counts, default=0)
 
-    def _tables(self, block_tables: Sequence[list[int]], contexts: Sequence[int]) -> Tensor:
+    def _tables(self, block_tables: Sequence[list[int]], contexts: Sequence[int]) -> Int32s:
         widths = [-(-context // self.block_size) for context in contexts]
         tables = np.zeros((len(block_tables), max(widths, default=0)), dtype=np.int32)
         for row, (table, width) in enumerate(zip(block_tables, widths, strict=True)):
             tables[row, :width] = table[:width]
-        return to_device(tables, torch.int32, self.device)
+        return tables
 
     def _chunks(self, inputs: ForwardInputs) -> Chunks:
         starts = np.cumsum([0, *inputs.query_lens[:-1]])
         chunks = np.stack([starts, inputs.query_lens, inputs.context_lens], axis=1)
         return Chunks(
             chunks_C3=to_device(chunks, torch.int32, self.device),
-            tables_CB=self._tables(inputs.block_tables, inputs.context_lens),
+            tables_CB=to_device(self._tables(inputs.block_tables, inputs.context_lens), torch.int32, self.device),
             units_N2={
                 group: to_device(paged_prefill.units(inputs.query_lens, group, self.dtype), torch.int32, self.device)
                 for group in self._groups
@@ -218,8 +262,8 @@ class TritonPaged:
         paged_decode.decode(
             layer, query_HRD, cache.keys_KSD, cache.values_KSE, out_RHE,
             tables_RB=plan.tables_RB,
-            contexts_R=plan.contexts_R,
-            offsets_R=rows.offsets_R,
+            contexts_R=plan.numbers_XR[0],
+            offsets_R=plan.numbers_XR[rows.index],
             parts_UHE=plan.scratch[sums : sums + parts],
             sums_UH2=plan.scratch[:sums],
             block_size=self.block_size,

@@ -54,6 +54,8 @@ class Launched:
     timings: Timings = field(default_factory=Timings)
     forward: Stopwatch | None = None
     sampling: Stopwatch | None = None
+    behind: Stopwatch | None = None
+    """The last watch of the step before this one, if it had not been collected at launch."""
 
 
 class StepExecutor:
@@ -88,6 +90,8 @@ class StepExecutor:
             self.batch.add(new, self._limits)
         rows = self.batch.rows(step, self._limits)
         launched = Launched(step, forward=Stopwatch(self._device), sampling=Stopwatch(self._device))
+        if previous is not None:
+            launched.behind = previous.sampling if previous.sampled else previous.forward
         launched.timings.num_decode_rows = len(step.decodes)
         launched.timings.num_prefill_tokens = sum(row.num_tokens for row in rows if not row.is_decode)
         if rows:
@@ -141,6 +145,8 @@ class StepExecutor:
         if launched.forward is not None and launched.sampling is not None:
             result.timings.forward_ns = launched.forward.total_ns()
             result.timings.sample_ns = launched.sampling.total_ns()
+            if launched.behind is not None:
+                result.timings.idle_ns = launched.forward.since_ns(launched.behind)
         return result
 
     def clear(self) -> None:

@@ -26,11 +26,11 @@ class PagedStep:
 
     __slots__ = ("cache", "calls", "plan", "positions_T", "runner")
 
-    def __init__(self, runner: TransformersRunner, cache: KVCache, inputs: ForwardInputs) -> None:
+    def __init__(self, runner: TransformersRunner, cache: KVCache, plan: Any, positions_T: Tensor) -> None:
         self.runner = runner
         self.cache = cache
-        self.plan = runner.backend.prepare(inputs)
-        self.positions_T = inputs.position_ids_T
+        self.plan = plan
+        self.positions_T = positions_T
         self.calls = 0
 
     def __call__(
@@ -114,18 +114,27 @@ class TransformersRunner:
 
     @torch.inference_mode()
     def forward(self, inputs: ForwardInputs) -> Tensor:
+        plan = self.backend.prepare(inputs)
+        return self.compute(inputs.input_ids_T, inputs.position_ids_T, inputs.logits_indices_L, plan)
+
+    @torch.inference_mode()
+    def compute(self, ids_T: Tensor, positions_T: Tensor, logits_indices_L: Tensor, plan: Any) -> Tensor:
+        """A step whose ``plan`` the back end has made; float32 logits [L, V].
+
+        On a GPU nothing in here waits for it, unless the model's own code does.
+        """
         assert self.cache is not None, "allocate_kv_cache comes first"
-        step = PagedStep(self, self.cache, inputs)
-        options = {"logits_to_keep": inputs.logits_indices_L} if self._keeps_logits else {}
+        step = PagedStep(self, self.cache, plan, positions_T)
+        options = {"logits_to_keep": logits_indices_L} if self._keeps_logits else {}
         with bridge.handling(step):
             output = self.model(
-                input_ids=inputs.input_ids_T[None],
-                position_ids=inputs.position_ids_T[None],
+                input_ids=ids_T[None],
+                position_ids=positions_T[None],
                 use_cache=False,
                 **options,
             )
         assert step.calls == len(self.layers), f"{step.calls} of {len(self.layers)} layers attended"
         logits: Tensor = output.logits[0]
         if not self._keeps_logits:
-            logits = logits[inputs.logits_indices_L]
+            logits = logits[logits_indices_L]
         return logits.float()

@@ -201,10 +201,10 @@ def test_nothing_waits_for_a_gpu(
     def sent(numbers: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(torch.as_tensor(numbers).shape, dtype=dtype, device=device)
 
-    def tensor(*arguments: Any, device: Any = None, **options: Any) -> torch.Tensor:
+    def tensor(numbers: Any, device: Any = None, **options: Any) -> torch.Tensor:
         if device is not None and torch.device(device) != torch.device("cpu"):
             raise Waits
-        return make_tensor(*arguments, device=device, **options)
+        return make_tensor(numbers, device=device, **options)
 
     make_tensor = torch.tensor
     monkeypatch.setattr(sampler, "to_device", sent)
