@@ -6,6 +6,7 @@ import contextlib
 import math
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from text_generation_server.attention.interface import AttentionBackend, LayerSpec
@@ -42,14 +43,13 @@ def obvious(
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     num_queries, num_keys = scores.shape[1:]
-    for query in range(num_queries):
-        position = num_keys - num_queries + query
-        for key in range(num_keys):
-            hidden = key > position
-            hidden |= bool(layer.window) and key <= position - layer.window
-            hidden |= bool(layer.chunk) and key // layer.chunk != position // layer.chunk
-            if hidden:
-                scores[:, query, key] = -math.inf
+    position_N1, key_L = torch.arange(num_keys - num_queries, num_keys)[:, None], torch.arange(num_keys)
+    hidden_NL = key_L > position_N1
+    if layer.window:
+        hidden_NL |= key_L <= position_N1 - layer.window
+    if layer.chunk:
+        hidden_NL |= key_L // layer.chunk != position_N1 // layer.chunk
+    scores = scores.masked_fill(hidden_NL, -math.inf)
     if sinks is not None:
         scores = torch.cat((scores, sinks.view(-1, 1, 1).expand(-1, num_queries, 1)), -1)
     return (scores.softmax(-1)[..., :num_keys] @ values).transpose(0, 1)
@@ -61,7 +61,7 @@ def cut_off(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     return numbers.float().clamp(-largest, largest).to(dtype)
 
 
-def check(
+def attended(
     backend_class: type[AttentionBackend],
     layer: LayerSpec,
     rows: list[tuple[int, int]],
@@ -80,13 +80,14 @@ def check(
     kv_dtype: torch.dtype | None = None,
     device: str = "cpu",
     seed: int = 0,
-) -> None:
-    """One step of one layer; ``rows`` are (tokens already cached, new tokens), one-token rows with a past first.
+) -> tuple[Tensor, Tensor]:
+    """What a back end gives for one step of one layer, and what is right, both [T, H, E] on the CPU.
 
-    ``others`` are further layers of the model. Blocks are handed out in random order, unless ``consecutive``. Queries
-    have the cache's ``dtype``, unless they are given one; the cache may have another, ``kv_dtype``, which holds keys
-    and values without rounding if they are to be ``exact``. With ``poisoned``, slots that no token of a row has written
-    hold not-a-number, and so does all memory that the back end asks for.
+    ``rows`` are (tokens already cached, new tokens), one-token rows with a past first. ``others`` are further layers of
+    the model. Blocks are handed out in random order, unless ``consecutive``. Queries have the cache's ``dtype``, unless
+    they are given one; the cache may have another, ``kv_dtype``, which holds keys and values without rounding if they
+    are to be ``exact``. With ``poisoned``, slots that no token of a row has written hold not-a-number, and so does all
+    memory that the back end asks for. The back end's result has rows for the padding too.
     """
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -161,8 +162,26 @@ def check(
             for query, key, value in zip(queries, kept_keys, kept_values, strict=True)
         ]
     )
+    return out_THE, expected
+
+
+def check(
+    backend_class: type[AttentionBackend],
+    layer: LayerSpec,
+    rows: list[tuple[int, int]],
+    *,
+    dtype: torch.dtype = torch.float32,
+    query_dtype: torch.dtype | None = None,
+    kv_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> None:
+    """Compare a step of `attended`, which has the options, element by element."""
+    out_THE, expected = attended(
+        backend_class, layer, rows, dtype=dtype, query_dtype=query_dtype, kv_dtype=kv_dtype, **options
+    )
+    num_tokens = expected.shape[0]
     assert out_THE.dtype == (query_dtype or dtype)
-    assert out_THE.shape == (num_tokens + padding, layer.query_heads, layer.value_dim)
+    assert out_THE.shape == (num_tokens + options.get("padding", 0), layer.query_heads, layer.value_dim)
     tolerance = 1e-5 if out_THE.dtype == dtype == torch.float32 else 3e-2
     if kv_dtype is not None:  # the numbers without room are large: measured by them
         out_THE, expected = out_THE / expected.abs().max(), expected / expected.abs().max()

@@ -20,8 +20,6 @@ TGI_ATTENTION = frozenset({"paged", "flashdecoding", "flashdecoding-ipex", "flas
 REFUSED = {
     "quantize": (),
     "speculate": ("0",),
-    "kv_cache_dtype": (),
-    "cuda_graphs": ("0",),
     "prefix_caching": tuple(FALSE),
     "rope_scaling": (),
     "rope_factor": (),
@@ -64,6 +62,8 @@ class LauncherConfig:
     """An IP address."""
     max_input_tokens: int | None
     attention: str | None
+    cuda_graphs: tuple[int, ...] | None
+    """Batch sizes, without zeros; None where none were given."""
     master_port: int | None
     """None where none was given; one shard alone needs none."""
     compute_type: str
@@ -91,6 +91,7 @@ def resolve(flags: Flags, devices: Devices) -> LauncherConfig:
         hostname=hostname,
         max_input_tokens=max_input_tokens,
         attention=_attention(flags),
+        cuda_graphs=_cuda_graphs(flags.cuda_graphs),
         master_port=flags.master_port,
         compute_type=f"{num_shard}-{devices.card or 'cpu'}",
         warnings=warnings,
@@ -173,6 +174,19 @@ def _attention(flags: Flags) -> str | None:
             f"`--disable-custom-kernels` and `--attention {flags.attention}` contradict each other"
         )
     return "torch"
+
+
+def _cuda_graphs(text: str | None) -> tuple[int, ...] | None:
+    """Zeros are left out, as TGI does: ``0`` alone asks for no graph, and so does nothing at all."""
+    if text is None:
+        return None
+    if not text.strip():
+        return ()
+    sizes = [word.strip() for word in text.split(",")]
+    # int() takes more than a number of graphs should look like: signs, underscores, other scripts' digits
+    if not all(size.isascii() and size.isdigit() for size in sizes):
+        raise ArgumentValidation(f"`cuda_graphs` must be numbers with commas between. Given: {text}")
+    return tuple(int(size) for size in sizes if int(size))
 
 
 def _hostname(hostname: str) -> tuple[str, tuple[str, ...]]:

@@ -122,7 +122,7 @@ def _shard(config: LauncherConfig, launch: Launch, rank: int) -> ProcessSpec:
     flags = config.flags
     argv = [
         *_python("text_generation_server", "serve", flags.model_id),
-        *to_argv(flags, ("revision", "dtype", "trust_remote_code")),
+        *to_argv(flags, ("revision", "dtype", "kv_cache_dtype", "trust_remote_code")),
         *(("--sharded",) if config.num_shard > 1 else ()),
         *("--uds-path", launch.uds_path),
         *_given("--max-input-tokens", config.max_input_tokens),
@@ -143,6 +143,7 @@ def _shard(config: LauncherConfig, launch: Launch, rank: int) -> ProcessSpec:
         "MAX_TOTAL_TOKENS": flags.max_total_tokens,
         "MAX_BATCH_SIZE": flags.max_batch_size,
         "ATTENTION": config.attention,
+        "CUDA_GRAPHS": None if config.cuda_graphs is None else ",".join(map(str, config.cuda_graphs or (0,))),
         "REQUEST_LOGPROBS": "1" if flags.enable_prefill_logprobs else None,
     }
     env |= {name: str(value) for name, value in optional.items() if value is not None}

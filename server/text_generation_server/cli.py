@@ -51,7 +51,9 @@ def serve(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; unset: the checkpoint's own.")
     ] = None,
-    kv_cache_dtype: Annotated[str | None, typer.Option(help="Not supported yet.")] = None,
+    kv_cache_dtype: Annotated[
+        str | None, typer.Option(help="fp8_e4m3fn, fp8_e5m2, or auto: that of the weights.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     uds_path: Annotated[Path, typer.Option(help="Socket of rank r: this path with `-r` behind it.")] = Path(
         "/tmp/text-generation-server"

@@ -22,6 +22,15 @@ class Dtype(enum.StrEnum):
     FLOAT16 = "float16"
 
 
+class KvCacheDtype(enum.StrEnum):
+    FP8_E4M3FN = "fp8_e4m3fn"
+    FP8_E5M2 = "fp8_e5m2"
+
+
+CUDA_GRAPHS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""TGI's sizes of decode steps, and two more: it served 128 requests at a time and captured up to 32."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardConfig:
     model_id: str
@@ -29,6 +38,8 @@ class ShardConfig:
     revision: str | None = None
     dtype: Dtype | None = None
     """None: the checkpoint's own, or float32 where the device has no instructions for it."""
+    kv_cache_dtype: KvCacheDtype | None = None
+    """None: that of the weights."""
     trust_remote_code: bool = False
     uds_path: Path
     """Socket of rank r: ``{uds_path}-{r}``."""
@@ -39,6 +50,8 @@ class ShardConfig:
     max_input_tokens: int | None = None
     max_total_tokens: int | None = None
     """Both are the router's, which refuses what is longer; here they are compared with the model's positions."""
+    cuda_graphs: tuple[int, ...] = CUDA_GRAPHS
+    """Rows of the decode steps that are captured; without effect on a CPU."""
     cuda_memory_fraction: float = 1.0
     swaps: bool = True
     """Replace modules by their faster equals; off runs the library's own modules (for tests and for diagnosis)."""
@@ -96,6 +109,7 @@ def resolve(flags: ServeFlags, env: Mapping[str, str]) -> ShardConfig:
         model_id=flags.model_id,
         revision=flags.revision,
         dtype=_dtype(flags.dtype),
+        kv_cache_dtype=_kv_cache_dtype(flags.kv_cache_dtype),
         trust_remote_code=flags.trust_remote_code,
         uds_path=uds_path,
         attention=attention,
@@ -103,6 +117,7 @@ def resolve(flags: ServeFlags, env: Mapping[str, str]) -> ShardConfig:
         prefill_logprobs=_boolean(env, "REQUEST_LOGPROBS", default=False),
         max_input_tokens=flags.max_input_tokens,
         max_total_tokens=_integer(env, "MAX_TOTAL_TOKENS", default=1, least=1) if env.get("MAX_TOTAL_TOKENS") else None,
+        cuda_graphs=_cuda_graphs(env),
         cuda_memory_fraction=_fraction(env, "CUDA_MEMORY_FRACTION"),
         swaps=_boolean(env, "TGI_SWAPS", default=True),
         launcher_nonce=env.get("TGI_LAUNCHER_NONCE", ""),
@@ -120,7 +135,6 @@ def _refuse_unsupported(flags: ServeFlags, env: Mapping[str, str]) -> None:
     wanted: dict[str, object] = {
         "--quantize": flags.quantize,
         "--speculate": flags.speculate,
-        "--kv-cache-dtype": flags.kv_cache_dtype if flags.kv_cache_dtype != "auto" else None,
         "--otlp-endpoint": flags.otlp_endpoint,
         "--otlp-service-name": flags.otlp_service_name if flags.otlp_service_name != OTLP_SERVICE_NAME else None,
     }
@@ -148,6 +162,25 @@ def _dtype(name: str | None) -> Dtype | None:
         return Dtype(name)
     except ValueError:
         raise ConfigError(f"`--dtype` must be one of {', '.join(Dtype)}, got {name}") from None
+
+
+def _kv_cache_dtype(name: str | None) -> KvCacheDtype | None:
+    if name in (None, "", "auto"):
+        return None
+    try:
+        return KvCacheDtype(name)
+    except ValueError:
+        raise ConfigError(f"`--kv-cache-dtype` must be auto or one of {', '.join(KvCacheDtype)}, got {name}") from None
+
+
+def _cuda_graphs(env: Mapping[str, str]) -> tuple[int, ...]:
+    text = env.get("CUDA_GRAPHS")
+    if not text:
+        return CUDA_GRAPHS
+    try:
+        return tuple(sorted({size for size in map(int, text.split(",")) if size > 0}))
+    except ValueError:
+        raise ConfigError(f"CUDA_GRAPHS must be numbers with commas between, got {text!r}") from None
 
 
 def _boolean(env: Mapping[str, str], name: str, *, default: bool) -> bool:

@@ -20,6 +20,7 @@ from text_generation_proto.v1 import generate_pb2 as pb
 
 from text_generation_server.config import ShardConfig
 from text_generation_server.distributed import Group, join
+from text_generation_server.engine.cuda_graphs import graph_bytes, with_graphs
 from text_generation_server.engine.engine import Engine, compute_thread
 from text_generation_server.engine.executor import MAX_PROMPT_LOGITS_ROWS
 from text_generation_server.engine.memory import (
@@ -67,7 +68,7 @@ def run_shard(config: ShardConfig, source: ModelSource, env: Mapping[str, str], 
         compute.submit(_log_model, runner).result()  # each thread has its own number of threads
         shape = _model_shape(runner, source.folder)
         engine = Engine(
-            runner,
+            with_graphs(runner, config.cuda_graphs, max_total_tokens=config.max_total_tokens),
             lambda runner, limits: _plan(runner, limits, shape, config),
             block_size=config.block_size,
             prefill_logprobs=config.prefill_logprobs,
@@ -187,7 +188,13 @@ def _plan(runner: ModelRunner, limits: WarmupLimits, shape: ModelShape, config: 
     """Blocks for this device, from what is free on it now that the weights are loaded."""
     if runner.info.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(runner.info.device)
-        available_bytes = max(0, int(free - (1 - config.cuda_memory_fraction) * total))
+        graphs = graph_bytes(
+            config.cuda_graphs,
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.intermediate_size,
+        )
+        available_bytes = max(0, int(free - (1 - config.cuda_memory_fraction) * total) - graphs)
         available = f"{available_bytes / 2**30:.2f} GiB, CUDA_MEMORY_FRACTION={config.cuda_memory_fraction:g}"
     else:
         left = available_cpu_bytes()

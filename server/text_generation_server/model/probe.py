@@ -166,6 +166,14 @@ def verify(forward: Callable[[ForwardInputs], Tensor], expected: Reference, *, b
 
     Raises: Unservable, naming ``what`` was run.
     """
+    found = distance(forward, expected, block_size=block_size, what=what)
+    if not found <= TOLERANCE[expected.dtype]:
+        raise Unservable(f"{what} gives other logits than the model's own attention (relative error {found:.2g})")
+
+
+@torch.inference_mode()
+def distance(forward: Callable[[ForwardInputs], Tensor], expected: Reference, *, block_size: int, what: str) -> float:
+    """The error of the paged path's logits, relative to their spread. Raises: Unservable if it does not run."""
     rows: tuple[list[Tensor], list[Tensor]] = ([], [])
     for step in probe_steps(expected.prompts, block_size):
         inputs, counts = build_inputs(step, block_size=block_size, device=expected.prompts[0].device)
@@ -178,9 +186,7 @@ def verify(forward: Callable[[ForwardInputs], Tensor], expected: Reference, *, b
             logits = logits[count:]
     errors = torch.cat([_row_errors(torch.cat(ours), own) for ours, own in zip(rows, expected.logits, strict=True)])
     # In a short float a near-tie in a router sends single tokens elsewhere; a real mismatch shows in most rows.
-    distance = float(errors.max() if expected.dtype == torch.float32 else errors.mean())
-    if not distance <= TOLERANCE[expected.dtype]:
-        raise Unservable(f"{what} gives other logits than the model's own attention (relative error {distance:.2g})")
+    return float(errors.max() if expected.dtype == torch.float32 else errors.mean())
 
 
 def probe_steps(prompts: tuple[Tensor, Tensor], block_size: int) -> list[list[Row]]:

@@ -83,6 +83,7 @@ class TransformersRunner:
         """By layer, of those that have one."""
         self.backend = backend
         self.block_size = block_size
+        self.kv_dtype = info.dtype
         self.cache: KVCache | None = None
         self.on_progress: Callable[[], None] = lambda: None
         """Called by every layer of a step: a long prefill is no hang."""
@@ -99,7 +100,7 @@ class TransformersRunner:
             self.layers,
             num_blocks=num_blocks,
             block_size=self.block_size,
-            dtype=self._info.dtype,
+            dtype=self.kv_dtype,
             device=self._info.device,
         )
 
