@@ -7,7 +7,7 @@ MODEL_ID ?=
 ARGS ?=
 PROTO := text_generation_proto/v1/generate.proto
 
-.PHONY: install clients run test test-slow check fmt lint types proto proto-check bench docker-lint clean
+.PHONY: install clients run test test-slow test-gpu check fmt lint types proto proto-check bench bench-gpu docker-lint clean
 
 # One stamp for the whole environment: rebuilt when what it is made from changes.
 $(VENV)/.installed: pyproject.toml .ci/constraints.txt
@@ -82,6 +82,13 @@ bench: install $(BENCH)/model $(BENCH)/peers
 	$(BIN)/python tests/bench/compare.py --model $(BENCH)/model --peers $(BENCH)/peers --servers $(BENCH_SERVERS) \
 		--concurrency 1,8,32 --prompt-tokens 128 --output-tokens 64 --rounds 3 --output docs/
 	$(BIN)/python tests/bench/router_bench.py --model $(BENCH)/model
+
+# Everything that is promised of a GPU, on one: minutes, and 16 GB for a model.
+bench-gpu: install
+	$(BIN)/python tests/bench/gpu_bench.py --work $(BENCH)/gpu --output docs/ $(ARGS)
+
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu
 
 docker-lint: install
 	$(BIN)/hadolint docker/Dockerfile

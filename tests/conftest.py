@@ -13,6 +13,13 @@ from integration.launched import ONE_THREAD, Launched, serving
 for name, number in ONE_THREAD.items():  # before anybody imports torch
     os.environ.setdefault(name, number)
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton kernels run in Triton's interpreter, on the CPU, unless it is the GPU that is tested."""
+    if config.getoption("markexpr") != "gpu":  # before anybody imports triton
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 MakeModel = Callable[..., Path]
 
 SMALL_ONEDNN_CACHES = {"LRU_CACHE_CAPACITY": "16", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}

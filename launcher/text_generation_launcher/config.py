@@ -20,8 +20,6 @@ TGI_ATTENTION = frozenset({"paged", "flashdecoding", "flashdecoding-ipex", "flas
 REFUSED = {
     "quantize": (),
     "speculate": ("0",),
-    "kv_cache_dtype": (),
-    "cuda_graphs": ("0",),
     "rope_scaling": (),
     "rope_factor": (),
     "otlp_endpoint": (),
@@ -64,6 +62,8 @@ class LauncherConfig:
     """An IP address."""
     max_input_tokens: int | None
     attention: str | None
+    cuda_graphs: tuple[int, ...] | None
+    """Batch sizes, without zeros; None where none were given."""
     master_port: int | None
     """None where none was given; one shard alone needs none."""
     prefix_caching: bool
@@ -94,6 +94,7 @@ def resolve(flags: Flags, devices: Devices) -> LauncherConfig:
         hostname=hostname,
         max_input_tokens=max_input_tokens,
         attention=_attention(flags),
+        cuda_graphs=_cuda_graphs(flags.cuda_graphs),
         master_port=flags.master_port,
         prefix_caching=_prefix_caching(flags),
         compute_type=f"{num_shard}-{devices.card or 'cpu'}",
@@ -184,6 +185,19 @@ def _prefix_caching(flags: Flags) -> bool:
     if word not in TRUE | FALSE:
         raise ArgumentValidation(f"`prefix_caching` must be true or false. Given: {flags.prefix_caching}")
     return word in TRUE
+
+
+def _cuda_graphs(text: str | None) -> tuple[int, ...] | None:
+    """Zeros are left out, as TGI does: ``0`` alone asks for no graph, and so does nothing at all."""
+    if text is None:
+        return None
+    if not text.strip():
+        return ()
+    sizes = [word.strip() for word in text.split(",")]
+    # int() takes more than a number of graphs should look like: signs, underscores, other scripts' digits
+    if not all(size.isascii() and size.isdigit() for size in sizes):
+        raise ArgumentValidation(f"`cuda_graphs` must be numbers with commas between. Given: {text}")
+    return tuple(int(size) for size in sizes if int(size))
 
 
 def _hostname(hostname: str) -> tuple[str, tuple[str, ...]]:

@@ -49,6 +49,11 @@ class Dtype(enum.StrEnum):
     FLOAT32 = "float32"
 
 
+class KvCacheDtype(enum.StrEnum):
+    FP8_E4M3FN = "fp8_e4m3fn"
+    FP8_E5M2 = "fp8_e5m2"
+
+
 class UsageStats(enum.StrEnum):
     ON = "on"
     OFF = "off"
@@ -70,6 +75,10 @@ class Flags:
     revision: Annotated[str | None, option("--revision", help="Commit, branch or `refs/pr/N` on the hub.")] = None
     dtype: Annotated[
         Dtype | None, option("--dtype", help="Number type of the weights; default: the checkpoint's own.")
+    ] = None
+    kv_cache_dtype: Annotated[
+        KvCacheDtype | None,
+        option("--kv-cache-dtype", help="Number type of the KV cache, of 8 bits; default: that of the weights."),
     ] = None
     trust_remote_code: Annotated[
         bool, option("--trust-remote-code", help="Run code that comes with the model. Pin --revision.")
@@ -96,6 +105,14 @@ class Flags:
         bool,
         option("--disable-custom-kernels", help="PyTorch's own operators only: --attention torch."),
     ] = False
+    cuda_graphs: Annotated[
+        str | None,
+        option(
+            "--cuda-graphs",
+            help="Sizes of decode steps to capture, with commas between; 0: none. On a CPU there are none.",
+            metavar="N,N",
+        ),
+    ] = None
     cuda_memory_fraction: Annotated[
         float,
         number("--cuda-memory-fraction", help="Share of the device's memory to use.", max=1.0),
@@ -221,8 +238,6 @@ class Flags:
 
     quantize: Annotated[str | None, later("--quantize", "Quantisation scheme.")] = None
     speculate: Annotated[str | None, later("--speculate", "Speculated ids; 0 is accepted.")] = None
-    kv_cache_dtype: Annotated[str | None, later("--kv-cache-dtype", "Number type of the KV cache.")] = None
-    cuda_graphs: Annotated[str | None, later("--cuda-graphs", "Batch sizes to capture; 0 is accepted.")] = None
     prefix_caching: Annotated[
         str | None,
         option("--prefix-caching", help="Compute equal beginnings of prompts once; on unless 0.", metavar="BOOL"),

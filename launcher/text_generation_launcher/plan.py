@@ -134,7 +134,7 @@ def _shard(config: LauncherConfig, launch: Launch, rank: int) -> ProcessSpec:
     flags = config.flags
     argv = [
         *_python("text_generation_server", "serve", flags.model_id),
-        *to_argv(flags, ("revision", "dtype", "trust_remote_code")),
+        *to_argv(flags, ("revision", "dtype", "kv_cache_dtype", "trust_remote_code")),
         *(("--sharded",) if config.num_shard > 1 else ()),
         *("--uds-path", launch.uds_path),
         *_given("--max-input-tokens", config.max_input_tokens),
@@ -152,11 +152,10 @@ def _shard(config: LauncherConfig, launch: Launch, rank: int) -> ProcessSpec:
     }
     optional = {
         "MASTER_PORT": config.master_port,
-        "ATTENTION": config.attention,
         "REQUEST_LOGPROBS": "1" if flags.enable_prefill_logprobs else None,
         **{name.upper(): getattr(flags, name) for name in MEMORY_FLAGS},
     }
-    env |= {name: str(value) for name, value in optional.items() if value is not None}
+    env |= _present(optional | _by_environment(config))
     return ProcessSpec(role=Role.SHARD, argv=tuple(argv), env=env, rank=rank)
 
 
@@ -168,15 +167,28 @@ def plan_spec(config: LauncherConfig, environ: Mapping[str, str]) -> ProcessSpec
         role=Role.PLAN,
         argv=(
             *_python("text_generation_server", "plan", flags.model_id),
-            *to_argv(flags, ("revision", "dtype", "trust_remote_code", "cuda_memory_fraction")),
+            *to_argv(flags, ("revision", "dtype", "kv_cache_dtype", "trust_remote_code", "cuda_memory_fraction")),
             *to_argv(flags, ("enable_prefill_logprobs", *MEMORY_FLAGS)),
             *("--num-shard", str(config.num_shard)),
             *_given("--max-input-tokens", config.max_input_tokens),
             *_given("--device", flags.plan_device),
             *(("--json-output",) if flags.json_output else ()),
         ),
-        env=_base_env(launch) | _hub_env(config, launch),
+        env=_base_env(launch) | _hub_env(config, launch) | _present(_by_environment(config)),
     )
+
+
+def _by_environment(config: LauncherConfig) -> dict[str, object]:
+    """What shards are told as TGI's are; None where they decide."""
+    graphs = config.cuda_graphs
+    return {
+        "ATTENTION": config.attention,
+        "CUDA_GRAPHS": None if graphs is None else ",".join(map(str, graphs or (0,))),
+    }
+
+
+def _present(variables: Mapping[str, object]) -> dict[str, str]:
+    return {name: str(value) for name, value in variables.items() if value is not None}
 
 
 def _tunables(environ: Mapping[str, str]) -> str:

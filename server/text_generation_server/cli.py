@@ -51,7 +51,9 @@ def serve(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; unset: the checkpoint's own.")
     ] = None,
-    kv_cache_dtype: Annotated[str | None, typer.Option(help="Not supported yet.")] = None,
+    kv_cache_dtype: Annotated[
+        str | None, typer.Option(help="fp8_e4m3fn, fp8_e5m2, or auto: that of the weights.")
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     uds_path: Annotated[Path, typer.Option(help="Socket of rank r: this path with `-r` behind it.")] = Path(
         "/tmp/text-generation-server"
@@ -119,6 +121,7 @@ def plan(
         typer.Option(help="`cpu`, a GPU by name (L4) or by memory (24GiB); unset: what this machine has."),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="As of `serve`.")] = None,
+    kv_cache_dtype: Annotated[str | None, typer.Option(help="As of `serve`.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     num_shard: Annotated[int, typer.Option(help="Shards that the model is split over.")] = 1,
     cuda_memory_fraction: Annotated[float, typer.Option(help="Share of the GPU's memory to use.")] = 1.0,
@@ -140,6 +143,7 @@ def plan(
                 revision=revision,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
+                kv_cache_dtype=kv_cache_dtype,
                 num_shard=num_shard,
                 cuda_memory_fraction=cuda_memory_fraction,
                 enable_prefill_logprobs=enable_prefill_logprobs,

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+DEFAULT_BLOCK_SIZE = 16
+"""Tokens of a block of KV cache."""
+
 
 class ConfigError(ValueError):
     """The shard cannot be started as asked; the text says why and what to change, in one line."""
@@ -19,6 +22,15 @@ class Dtype(enum.StrEnum):
     FLOAT16 = "float16"
 
 
+class KvCacheDtype(enum.StrEnum):
+    FP8_E4M3FN = "fp8_e4m3fn"
+    FP8_E5M2 = "fp8_e5m2"
+
+
+CUDA_GRAPHS = (1, 2, 4, 8, 16, 32, 64, 128)
+"""TGI's sizes of decode steps, and two more: it served 128 requests at a time and captured up to 32."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardConfig:
     model_id: str
@@ -26,12 +38,14 @@ class ShardConfig:
     revision: str | None = None
     dtype: Dtype | None = None
     """None: the checkpoint's own, or float32 where the device has no instructions for it."""
+    kv_cache_dtype: KvCacheDtype | None = None
+    """None: that of the weights."""
     trust_remote_code: bool = False
     uds_path: Path
     """Socket of rank r: ``{uds_path}-{r}``."""
     attention: str | None = None
     """Name in the attention registry; None picks by device."""
-    block_size: int = 16
+    block_size: int = DEFAULT_BLOCK_SIZE
     prefill_logprobs: bool = False
     max_input_tokens: int | None = None
     max_total_tokens: int | None = None
@@ -41,6 +55,8 @@ class ShardConfig:
     max_batch_size: int | None = None
     max_concurrent_requests: int = 128
     """These too: a shard for which they are too much says so before it loads."""
+    cuda_graphs: tuple[int, ...] = CUDA_GRAPHS
+    """Rows of the decode steps that are captured; without effect on a CPU."""
     cuda_memory_fraction: float = 1.0
     swaps: bool = True
     """Replace modules by their faster equals; off runs the library's own modules (for tests and for diagnosis)."""
@@ -56,6 +72,9 @@ class ShardConfig:
 
 EMBEDDED_MODEL = "embedded"
 """The model id of the small model that ships with this package."""
+
+BLOCK_SIZES = {"flash-attn": 256, "varlen": 256}
+"""Tokens of a block for the attention back ends whose kernels want more than 16; when they are asked for by name."""
 
 OTLP_SERVICE_NAME = "text-generation-inference.server"
 
@@ -91,6 +110,7 @@ class PlanFlags:
     model_id: str
     revision: str | None = None
     dtype: str | None = None
+    kv_cache_dtype: str | None = None
     trust_remote_code: bool = False
     num_shard: int = 1
     cuda_memory_fraction: float = 1.0
@@ -112,13 +132,16 @@ def resolve(flags: ServeFlags, env: Mapping[str, str]) -> ShardConfig:
         raise ConfigError(f"`--uds-path {uds_path}` is longer than a unix socket's path may be; choose a shorter one")
     if flags.max_input_tokens is not None and flags.max_input_tokens < 1:
         raise ConfigError(f"`--max-input-tokens` must be at least 1, got {flags.max_input_tokens}")
+    attention = env.get("ATTENTION") or None
     return ShardConfig(
         model_id=flags.model_id,
         revision=flags.revision,
         dtype=_dtype(flags.dtype),
+        kv_cache_dtype=_kv_cache_dtype(flags.kv_cache_dtype),
         trust_remote_code=flags.trust_remote_code,
         uds_path=uds_path,
-        attention=env.get("ATTENTION") or None,
+        attention=attention,
+        block_size=BLOCK_SIZES.get(attention or "", DEFAULT_BLOCK_SIZE),
         prefill_logprobs=_boolean(env, "REQUEST_LOGPROBS", default=False),
         max_input_tokens=flags.max_input_tokens,
         max_total_tokens=_limit(env, "MAX_TOTAL_TOKENS"),
@@ -126,6 +149,7 @@ def resolve(flags: ServeFlags, env: Mapping[str, str]) -> ShardConfig:
         max_batch_total_tokens=_limit(env, "MAX_BATCH_TOTAL_TOKENS"),
         max_batch_size=_limit(env, "MAX_BATCH_SIZE"),
         max_concurrent_requests=_limit(env, "MAX_CONCURRENT_REQUESTS") or 128,
+        cuda_graphs=_cuda_graphs(env),
         cuda_memory_fraction=_fraction(env, "CUDA_MEMORY_FRACTION"),
         swaps=_boolean(env, "TGI_SWAPS", default=True),
         launcher_nonce=env.get("TGI_LAUNCHER_NONCE", ""),
@@ -154,12 +178,16 @@ def resolve_plan(flags: PlanFlags, env: Mapping[str, str]) -> ShardConfig:
             raise ConfigError(f"`--{name.replace('_', '-')}` must be at least 1 and below 2**31, got {value}")
     if not 0 < flags.cuda_memory_fraction <= 1:
         raise ConfigError(f"`--cuda-memory-fraction` must be in (0, 1], got {flags.cuda_memory_fraction:g}")
+    attention = env.get("ATTENTION") or None
     return ShardConfig(
         model_id=flags.model_id,
         revision=flags.revision,
         dtype=_dtype(flags.dtype),
+        kv_cache_dtype=_kv_cache_dtype(flags.kv_cache_dtype),
         trust_remote_code=flags.trust_remote_code,
         uds_path=Path(),
+        attention=attention,
+        block_size=BLOCK_SIZES.get(attention or "", DEFAULT_BLOCK_SIZE),
         prefill_logprobs=flags.enable_prefill_logprobs,
         max_input_tokens=flags.max_input_tokens,
         max_total_tokens=flags.max_total_tokens,
@@ -167,6 +195,7 @@ def resolve_plan(flags: PlanFlags, env: Mapping[str, str]) -> ShardConfig:
         max_batch_total_tokens=flags.max_batch_total_tokens,
         max_batch_size=flags.max_batch_size,
         max_concurrent_requests=flags.max_concurrent_requests,
+        cuda_graphs=_cuda_graphs(env),
         cuda_memory_fraction=flags.cuda_memory_fraction,
         swaps=_boolean(env, "TGI_SWAPS", default=True),
         world_size=flags.num_shard,
@@ -178,7 +207,6 @@ def _refuse_unsupported(flags: ServeFlags, env: Mapping[str, str]) -> None:
     wanted: dict[str, object] = {
         "--quantize": flags.quantize,
         "--speculate": flags.speculate,
-        "--kv-cache-dtype": flags.kv_cache_dtype if flags.kv_cache_dtype != "auto" else None,
         "--otlp-endpoint": flags.otlp_endpoint,
         "--otlp-service-name": flags.otlp_service_name if flags.otlp_service_name != OTLP_SERVICE_NAME else None,
     }
@@ -206,6 +234,25 @@ def _dtype(name: str | None) -> Dtype | None:
         return Dtype(name)
     except ValueError:
         raise ConfigError(f"`--dtype` must be one of {', '.join(Dtype)}, got {name}") from None
+
+
+def _kv_cache_dtype(name: str | None) -> KvCacheDtype | None:
+    if name in (None, "", "auto"):
+        return None
+    try:
+        return KvCacheDtype(name)
+    except ValueError:
+        raise ConfigError(f"`--kv-cache-dtype` must be auto or one of {', '.join(KvCacheDtype)}, got {name}") from None
+
+
+def _cuda_graphs(env: Mapping[str, str]) -> tuple[int, ...]:
+    text = env.get("CUDA_GRAPHS")
+    if not text:
+        return CUDA_GRAPHS
+    try:
+        return tuple(sorted({size for size in map(int, text.split(",")) if size > 0}))
+    except ValueError:
+        raise ConfigError(f"CUDA_GRAPHS must be numbers with commas between, got {text!r}") from None
 
 
 def _boolean(env: Mapping[str, str], name: str, *, default: bool) -> bool:

@@ -17,6 +17,7 @@ from text_generation_server.config import ConfigError, ShardConfig
 from text_generation_server.device_memory import DeviceMemory, cpu_device, cuda_device
 from text_generation_server.engine.memory import MemoryPlan, ModelSizes, WarmupLimits, plan_memory
 from text_generation_server.model import footprint
+from text_generation_server.model.dtypes import resolve_kv_dtype
 from text_generation_server.model.footprint import Footprint
 from text_generation_server.model.runner import ModelInfo
 
@@ -47,7 +48,7 @@ def read_device(config: ShardConfig, device: torch.device) -> DeviceMemory:
 
 def plan_unloaded(config: ShardConfig, folder: Path, device: DeviceMemory) -> tuple[Footprint, MemoryPlan]:
     """The plan with the weights still to be loaded. Raises: ConfigError if the model cannot be served."""
-    found = footprint.survey(config, folder, device.kind)
+    found = footprint.survey(config, folder, device.kind, kv_dtype=resolve_kv_dtype(config.kv_cache_dtype))
     return found, _plan(found.sizes, device, expected_limits(config, device.kind), config)
 
 
@@ -83,4 +84,11 @@ def plan_loaded(
 
 
 def _plan(sizes: ModelSizes, device: DeviceMemory, limits: WarmupLimits, config: ShardConfig) -> MemoryPlan:
-    return plan_memory(sizes, device, limits, block_size=config.block_size, prefill_logprobs=config.prefill_logprobs)
+    return plan_memory(
+        sizes,
+        device,
+        limits,
+        block_size=config.block_size,
+        prefill_logprobs=config.prefill_logprobs,
+        graph_batch_sizes=config.cuda_graphs if device.kind == "cuda" else (),
+    )

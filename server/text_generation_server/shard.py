@@ -20,6 +20,7 @@ from text_generation_proto.v1 import generate_pb2 as pb
 from text_generation_server.attention import registry
 from text_generation_server.config import ShardConfig
 from text_generation_server.distributed import Group, join
+from text_generation_server.engine.cuda_graphs import with_graphs
 from text_generation_server.engine.engine import Engine, compute_thread
 from text_generation_server.engine.memory import KVPlan, WarmupLimits
 from text_generation_server.errors import first_line
@@ -63,7 +64,7 @@ def run_shard(config: ShardConfig, source: ModelSource, env: Mapping[str, str], 
             runner = compute.submit(load_model, config, source.folder, group, _progress_reporter()).result()
         compute.submit(_log_model, runner).result()  # each thread has its own number of threads
         engine = Engine(
-            runner,
+            with_graphs(runner, config.cuda_graphs, max_total_tokens=config.max_total_tokens),
             lambda _, limits: _plan(runner, limits, found, config),
             block_size=config.block_size,
             prefill_logprobs=config.prefill_logprobs,

@@ -36,11 +36,18 @@ class Shape:
     heads: int
     kv_heads: int
     intermediate: int
+    vocab: int = VOCAB_SIZE
+    is_tied: bool = True
+    """Whether logits are computed with the embedding's weights."""
 
 
 SHAPES = {
     "135m": Shape(layers=30, hidden=576, heads=9, kv_heads=3, intermediate=1536),
     "1b": Shape(layers=16, hidden=2048, heads=32, kv_heads=8, intermediate=8192),
+    "llama-3.1-8b": Shape(
+        layers=32, hidden=4096, heads=32, kv_heads=8, intermediate=14336, vocab=128_256, is_tied=False
+    ),
+    "tiny": Shape(layers=2, hidden=64, heads=4, kv_heads=2, intermediate=96, vocab=512, is_tied=False),
 }
 
 
@@ -68,29 +75,30 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int = VOCAB_SIZE) -> Token
     return tokenizer
 
 
-def make_weights(shape: Shape, seed: int) -> LlamaForCausalLM:
+def make_weights(shape: Shape, seed: int, device: str = "cpu") -> LlamaForCausalLM:
     """Random weights that never end a sequence by themselves: every request gets the length that it asked for.
 
-    The end-of-text row of the (tied) embedding is zero, so its logit is 0, and the largest of the other 49,151 is not.
+    The end-of-text row of what computes the logits is zero, so its logit is 0, and the largest of the others is not.
     """
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=shape.vocab,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.is_tied,
         bos_token_id=None,
         eos_token_id=END_OF_TEXT_ID,
         pad_token_id=None,
         dtype=torch.bfloat16,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
     with torch.no_grad():
-        model.get_input_embeddings().weight[END_OF_TEXT_ID].zero_()
+        model.get_output_embeddings().weight[END_OF_TEXT_ID].zero_()
     return model
 
 
@@ -106,10 +114,11 @@ def write_tokenizer(tokenizer: Tokenizer, output: Path) -> None:
     (output / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def make_model(output: Path, shape: Shape, seed: int = 0) -> None:
+def make_model(output: Path, shape: Shape, seed: int = 0, device: str = "cpu") -> None:
+    """``device``: where the numbers are drawn; another one draws others."""
     output.mkdir(parents=True, exist_ok=True)
-    make_weights(shape, seed).save_pretrained(output)
-    write_tokenizer(train_tokenizer(local_text()), output)
+    make_weights(shape, seed, device).save_pretrained(output)
+    write_tokenizer(train_tokenizer(local_text(), shape.vocab), output)
     generation = {"do_sample": False, "eos_token_id": END_OF_TEXT_ID}
     (output / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from text_generation_launcher import cli, environment, launch
-from text_generation_launcher.flags import Dtype, FlagInfo, Flags, Switch, UsageStats, flag_table
+from text_generation_launcher.flags import Dtype, FlagInfo, Flags, KvCacheDtype, Switch, UsageStats, flag_table
 from typer.testing import CliRunner
 
 Parse = Callable[..., Any]
@@ -23,6 +23,7 @@ VALUES: dict[type, tuple[str, Any]] = {
     list: ("https://a.example,https://b.example", ["https://a.example", "https://b.example"]),
     Switch: ("true", Switch.TRUE),
     Dtype: ("bfloat16", Dtype.BFLOAT16),
+    KvCacheDtype: ("fp8_e5m2", KvCacheDtype.FP8_E5M2),
     UsageStats: ("off", UsageStats.OFF),
 }
 

@@ -129,6 +129,12 @@ def test_a_flag_that_asks_for_nothing_passes(flags: dict[str, Any]) -> None:
     config(**flags)
 
 
+@pytest.mark.parametrize("text", ["1,", "-1", "1;2", "four", "1_0", "1.5"])
+def test_cuda_graphs_are_numbers(text: str) -> None:
+    with pytest.raises(ArgumentValidation, match=r"^`cuda_graphs` must be numbers with commas between"):
+        config(cuda_graphs=text)
+
+
 def test_a_secret_is_not_repeated_in_an_error() -> None:
     with pytest.raises(LauncherError) as error:
         config(ngrok_authtoken="hush")

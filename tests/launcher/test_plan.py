@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from text_generation_launcher.config import resolve
 from text_generation_launcher.devices import Devices
-from text_generation_launcher.flags import Dtype, Flags
+from text_generation_launcher.flags import Dtype, Flags, KvCacheDtype
 from text_generation_launcher.plan import HubModel, Launch, Plan, make_plan
 
 
@@ -70,6 +70,8 @@ def test_every_shard_is_told_the_pipeline_tag() -> None:
 def test_flags_reach_the_process_that_they_are_meant_for() -> None:
     made = plan(
         dtype=Dtype.BFLOAT16,
+        kv_cache_dtype=KvCacheDtype.FP8_E4M3FN,
+        cuda_graphs="1,0, 8",
         max_input_length=10,
         max_total_tokens=20,
         max_batch_size=4,
@@ -84,12 +86,14 @@ def test_flags_reach_the_process_that_they_are_meant_for() -> None:
     )
     [shard] = made.shards
     assert after(shard.argv, "--dtype") == "bfloat16"
+    assert after(shard.argv, "--kv-cache-dtype") == "fp8_e4m3fn"
     assert after(shard.argv, "--max-input-tokens") == after(made.router.argv, "--max-input-tokens") == "10"
     expected = {
         "MAX_TOTAL_TOKENS": "20",
         "MAX_BATCH_SIZE": "4",
         "REQUEST_LOGPROBS": "1",
         "ATTENTION": "torch",
+        "CUDA_GRAPHS": "1,8",
         "CUDA_MEMORY_FRACTION": "0.5",
         "HUGGINGFACE_HUB_CACHE": "/cache",
         "WEIGHTS_CACHE_OVERRIDE": "/weights",
@@ -100,6 +104,11 @@ def test_flags_reach_the_process_that_they_are_meant_for() -> None:
     assert "--disable-grammar-support" in router
     assert "--waiting-served-ratio 0.3" in router
     assert "--max-waiting-tokens" not in router
+
+
+def test_no_cuda_graphs_are_asked_for_by_zero() -> None:
+    assert plan(cuda_graphs="0").shards[0].env["CUDA_GRAPHS"] == "0"
+    assert "CUDA_GRAPHS" not in plan().shards[0].env
 
 
 def test_the_api_key_is_on_no_command_line_and_reaches_the_router_alone() -> None:

@@ -18,14 +18,14 @@ import grpc
 import pytest
 from text_generation_proto.v1 import generate_pb2 as pb
 from text_generation_proto.v1 import generate_pb2_grpc as pb_grpc
-from text_generation_server.config import ConfigError, Dtype, ServeFlags, resolve
+from text_generation_server.config import ConfigError, Dtype, KvCacheDtype, ServeFlags, resolve
 from tiny_models import make_tiny_model
 
 SERVER = [sys.executable, "-m", "text_generation_server"]
 
 
 def clean_env(**env: str) -> dict[str, str]:
-    dropped = ("HF_", "TGI_", "LOG_LEVEL", "RANK", "WORLD_SIZE", "MASTER_", "ATTENTION")
+    dropped = ("HF_", "TGI_", "LOG_LEVEL", "RANK", "WORLD_SIZE", "MASTER_", "ATTENTION", "CUDA_GRAPHS")
     return {key: value for key, value in os.environ.items() if not key.startswith(dropped)} | env
 
 
@@ -216,13 +216,28 @@ def test_flags_and_environment_become_a_configuration() -> None:
     assert made.uds_path.is_absolute(), "a gRPC address has room for absolute paths only"
     plain = resolve(ServeFlags(model_id="m", quantize="none", speculate=0, kv_cache_dtype="auto"), env)
     assert (plain.rank, plain.world_size) == (0, 1), "RANK counts only when sharded"
+    assert plain.kv_cache_dtype is None
+
+
+def test_eight_bits_of_cache_blocks_and_graphs_are_asked_for_by_name() -> None:
+    made = resolve(
+        ServeFlags(model_id="m", kv_cache_dtype="fp8_e5m2"), {"CUDA_GRAPHS": "8,1,0,8", "ATTENTION": "varlen"}
+    )
+    assert made.kv_cache_dtype is KvCacheDtype.FP8_E5M2
+    assert made.cuda_graphs == (1, 8)
+    assert made.block_size == 256, "for kernels that take no smaller ones"
+    plain = resolve(ServeFlags(model_id="m"), {})
+    assert plain.cuda_graphs == (1, 2, 4, 8, 16, 32, 64, 128)
+    assert plain.block_size == 16
+    assert resolve(ServeFlags(model_id="m"), {"CUDA_GRAPHS": "0"}).cuda_graphs == ()
 
 
 @pytest.mark.parametrize(
     ("flags", "env", "text"),
     [
         ({"speculate": 2}, {}, "--speculate 2"),
-        ({"kv_cache_dtype": "fp8_e5m2"}, {}, "--kv-cache-dtype fp8_e5m2"),
+        ({"kv_cache_dtype": "fp8"}, {}, "`--kv-cache-dtype` must be auto or one of fp8_e4m3fn, fp8_e5m2, got fp8"),
+        ({}, {"CUDA_GRAPHS": "1,two"}, "CUDA_GRAPHS must be numbers with commas between, got '1,two'"),
         ({"otlp_endpoint": "http://x"}, {}, "--otlp-endpoint"),
         ({"otlp_service_name": "mine"}, {}, "--otlp-service-name mine"),
         ({"max_input_tokens": 0}, {}, "--max-input-tokens"),

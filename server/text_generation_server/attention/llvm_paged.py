@@ -49,9 +49,19 @@ class _Kernels:
 class LlvmPaged:
     """Raises: Unsupported where the kernel cannot be compiled, or does not know what the layers want."""
 
-    def __init__(self, *, layers: list[LayerSpec], block_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        layers: list[LayerSpec],
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
         if device.type != "cpu":
             raise Unsupported(f"it is for processors, not for {device.type}")
+        if kv_dtype not in (None, dtype):
+            raise Unsupported(f"it does not compute in {dtype} from a cache in {kv_dtype}")
         reason = compiler.reason_unavailable()
         if reason is not None:
             raise Unsupported(reason)

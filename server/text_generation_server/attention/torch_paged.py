@@ -109,7 +109,15 @@ class Plan:
 
 
 class TorchPaged:
-    def __init__(self, *, layers: list[LayerSpec], block_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        layers: list[LayerSpec],
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
         self.block_size = block_size
         self.dtype = dtype
         self.device = device
@@ -120,7 +128,8 @@ class TorchPaged:
         )
         self.gathered_blocks = max(1, GATHERED_BYTES // (token_bytes * block_size))
         self.tile = CHUNK_TILE if device.type == "cpu" and dtype != torch.float32 else 1
-        self._gathered = [torch.empty(0, dtype=dtype, device=device) for _ in range(2)]
+        self._kv_dtype = kv_dtype or dtype
+        self._gathered = [as_bytes(torch.empty(0, dtype=self._kv_dtype, device=device)) for _ in range(2)]
         self._mask_bytes = 0  # that chunks of the running step hold
 
     # -- once a step ---------------------------------------------------------------------------------------------
@@ -204,8 +213,10 @@ class TorchPaged:
         is_padded = num_tokens > plan.num_tokens
         if is_padded:
             key_KTD, value_KTE = key_KTD[:, : plan.num_tokens], value_KTE[:, : plan.num_tokens]
-        cache.keys_KSD.index_copy_(1, plan.slots_T, key_KTD)
-        cache.values_KSE.index_copy_(1, plan.slots_T, value_KTE)
+        if self._kv_dtype != self.dtype:
+            key_KTD, value_KTE = (converted(each, self._kv_dtype) for each in (key_KTD, value_KTE))
+        as_bytes(cache.keys_KSD).index_copy_(1, plan.slots_T, as_bytes(key_KTD))
+        as_bytes(cache.values_KSE).index_copy_(1, plan.slots_T, as_bytes(value_KTE))
         view = plan.views[layer.window, layer.chunk]
         scores = Scores(scaling, softcap, sinks_H)
         if not view.chunks and not is_padded:
@@ -224,7 +235,7 @@ class TorchPaged:
             tokens = slice(chunk.query_start, chunk.query_stop)
             fresh = chunk.span.stop - chunk.span.start == chunk.query_stop - chunk.query_start
             if fresh:  # nothing before the chunk is seen: its keys need not be read back
-                keys, values = key_KTD[:, tokens], value_KTE[:, tokens]
+                keys, values = key_KTD[:, tokens].to(self.dtype), value_KTE[:, tokens].to(self.dtype)
             else:
                 keys, values = self._read(cache, chunk.span)
             self._prefill(layer, chunk, query_HTD[:, tokens], keys, values, scores, out_THE[tokens])
@@ -235,7 +246,7 @@ class TorchPaged:
         length = span.stop - span.start
         if span.first_slot is not None:
             slots = slice(span.first_slot, span.first_slot + length)
-            return cache.keys_KSD[:, slots], cache.values_KSE[:, slots]
+            return cache.keys_KSD[:, slots].to(self.dtype), cache.values_KSE[:, slots].to(self.dtype)
         if span.block_ids_B is None:
             span.block_ids_B = torch.tensor(span.blocks, device=self.device)
         slots = slice(span.offset, span.offset + length)
@@ -247,20 +258,22 @@ class TorchPaged:
     def _pages(self, cache_KSD: Tensor, block_ids_B: Tensor) -> Tensor:
         """Whole blocks, copied one after another: [K, B * block_size, D]."""
         num_heads, num_slots, width = cache_KSD.shape
-        pages = cache_KSD.view(num_heads, num_slots // self.block_size, self.block_size * width)
-        return pages.index_select(1, block_ids_B).view(num_heads, -1, width)
+        pages = as_bytes(cache_KSD).view(num_heads, num_slots // self.block_size, self.block_size * width)
+        copied = pages.index_select(1, block_ids_B).view(cache_KSD.dtype)
+        return copied.view(num_heads, -1, width).to(self.dtype)
 
     def _gather(self, place: int, cache_KSD: Tensor, block_ids_PB: Tensor) -> Tensor:
         """Copy the blocks of all pairs one after another, into memory that is used again: [P * L, D].
 
         The first dimension is the one along which torch copies in parallel.
         """
-        pages = cache_KSD.view(-1, self.block_size * cache_KSD.shape[2])
+        pages = as_bytes(cache_KSD).view(-1, self.block_size * cache_KSD.shape[2])
         size = block_ids_PB.shape[0] * pages.shape[1]
         if self._gathered[place].shape[0] < size:
             self._gathered[place] = pages.new_empty(size)
         out = self._gathered[place][:size].view(-1, pages.shape[1])
-        return torch.index_select(pages, 0, block_ids_PB, out=out).view(-1, cache_KSD.shape[2])
+        copied = torch.index_select(pages, 0, block_ids_PB, out=out).view(cache_KSD.dtype)
+        return copied.view(-1, cache_KSD.shape[2]).to(self.dtype)
 
     def _decode(self, group: DecodeGroup, cache: LayerCache, query_HRD: Tensor, scores: Scores) -> Tensor:
         num_heads, num_rows, width = query_HRD.shape
@@ -424,3 +437,14 @@ def first_seen(position: int, window: int, chunk: int) -> int:
     if chunk:
         return position // chunk * chunk
     return 0
+
+
+def converted(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """In a narrower number format; beyond its largest number is its largest number, and not-a-number stays."""
+    largest = torch.finfo(dtype).max
+    return numbers.clamp(-largest, largest).to(dtype)
+
+
+def as_bytes(numbers: Tensor) -> Tensor:
+    """A view that torch can copy by index: of numbers of 8 bits it cannot."""
+    return numbers.view(torch.uint8) if numbers.dtype.itemsize == 1 else numbers

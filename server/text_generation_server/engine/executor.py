@@ -25,6 +25,7 @@ from text_generation_server.generation.sampler import (
     sample,
 )
 from text_generation_server.model.runner import ModelRunner
+from text_generation_server.transfer import to_device
 
 MAX_PROMPT_LOGITS_ROWS = 256
 """Rows of logits that prompt logprobs may need at once; a longer chunk runs in several forward passes."""
@@ -48,9 +49,13 @@ class Launched:
     top: TopCandidates | None = None
     prompt_logprobs: dict[int, tuple[Sequence, int, list[Tensor]]] = field(default_factory=dict)
     """Sequence id -> sequence, first position, logprobs in parts."""
+    prompt_readback: Readback | None = None
+    """The logprobs of each of these."""
     timings: Timings = field(default_factory=Timings)
     forward: Stopwatch | None = None
     sampling: Stopwatch | None = None
+    behind: Stopwatch | None = None
+    """The last watch of the step before this one, if it had not been collected at launch."""
 
 
 class StepExecutor:
@@ -85,6 +90,8 @@ class StepExecutor:
             self.batch.add(new, self._limits)
         rows = self.batch.rows(step, self._limits)
         launched = Launched(step, forward=Stopwatch(self._device), sampling=Stopwatch(self._device))
+        if previous is not None:
+            launched.behind = previous.sampling if previous.sampled else previous.forward
         launched.timings.num_decode_rows = len(step.decodes)
         launched.timings.num_prefill_tokens = sum(row.num_tokens for row in rows if not row.is_decode)
         if rows:
@@ -95,6 +102,10 @@ class StepExecutor:
             logits_SV, sampling_rows, input_ids_T = self._forward(rows, launched, previous)
             if sampling_rows:
                 self._choose(logits_SV, sampling_rows, input_ids_T, launched)
+            if launched.prompt_logprobs:
+                launched.prompt_readback = Readback(
+                    *(torch.cat(parts) for _, _, parts in launched.prompt_logprobs.values())
+                )
         return launched
 
     def collect(self, launched: Launched) -> StepResult:
@@ -122,15 +133,20 @@ class StepExecutor:
                     [logprobs[index]],
                     [top_tokens[index]] if index in top_tokens else [],
                 )
-        for sequence, first_position, parts in launched.prompt_logprobs.values():
-            if not sequence.failed:
-                generation = generations.setdefault(sequence.sequence_id, Generation(sequence.sequence_id))
-                generation.prefill = PrefillLogprobs(first_position, torch.cat(parts).tolist())
+        if launched.prompt_readback is not None:
+            logprobs_of_prompts = launched.prompt_readback.get()
+            waiting = zip(launched.prompt_logprobs.values(), logprobs_of_prompts, strict=True)
+            for (sequence, first_position, _), prompt_logprobs in waiting:
+                if not sequence.failed:
+                    generation = generations.setdefault(sequence.sequence_id, Generation(sequence.sequence_id))
+                    generation.prefill = PrefillLogprobs(first_position, prompt_logprobs.tolist())
         if self._is_leader:
             result.generations = list(generations.values())
         if launched.forward is not None and launched.sampling is not None:
             result.timings.forward_ns = launched.forward.total_ns()
             result.timings.sample_ns = launched.sampling.total_ns()
+            if launched.behind is not None:
+                result.timings.idle_ns = launched.forward.since_ns(launched.behind)
         return result
 
     def clear(self) -> None:
@@ -165,7 +181,9 @@ class StepExecutor:
                     launched.sampled.append((row.sequence, row.end - row.sequence.num_prompt_tokens))
                 token_index += row.num_tokens
             # All of them is the rule, and then there is nothing to copy.
-            picked.append(logits_LV if len(places) == logits_LV.shape[0] else logits_LV[places])
+            if len(places) < logits_LV.shape[0]:
+                logits_LV = logits_LV.index_select(0, to_device(places, torch.int64, self._device))
+            picked.append(logits_LV)
         assert first_ids_T is not None
         return picked[0] if len(picked) == 1 else torch.cat(picked), sampling_rows, first_ids_T
 
@@ -196,13 +214,12 @@ class StepExecutor:
         """Report the logprobs at the row's prompt tokens; the one behind them waits in the sequence for the next."""
         sequence = row.sequence
         num_predicted = min(row.end, sequence.num_prompt_tokens - 1) - row.start
-        targets_N = torch.tensor(
-            sequence.token_ids[row.start + 1 : row.start + 1 + num_predicted], dtype=torch.int64, device=self._device
-        )
+        targets = sequence.token_ids[row.start + 1 : row.start + 1 + num_predicted]
+        targets_N = to_device(targets, torch.int64, self._device)
         logprobs_NV = torch.log_softmax(logits_NV[:num_predicted], -1)
         first = sequence.next_prompt_logprob
         if first is None:
-            first = torch.tensor(math.nan, device=self._device)
+            first = torch.full((), math.nan, device=self._device)
         known = torch.cat([first.view(1), logprobs_NV.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)])
         num_reported = min(row.end, sequence.num_prompt_tokens) - row.start
         sequence.next_prompt_logprob = known[num_reported] if num_reported < known.shape[0] else None
@@ -235,7 +252,7 @@ def _fill_in_pending(input_ids_T: Tensor, rows: list[Row], previous: Launched | 
         if row.is_decode and row.start >= len(row.sequence.token_ids)
     ]
     if pairs:
-        places, indices = torch.tensor(pairs, device=input_ids_T.device).T
+        places, indices = to_device(pairs, torch.int64, input_ids_T.device).T
         # A failed row has id -1; nobody will read what its next step computes, but it has to be an id.
         input_ids_T[places] = previous.ids_S[indices].clamp(min=0)
 

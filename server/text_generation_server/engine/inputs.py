@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from text_generation_server.engine.batch import Row
+from text_generation_server.transfer import to_device
 
 
 @dataclass(slots=True)
@@ -90,7 +91,7 @@ def build_inputs(rows: Sequence[Row], *, block_size: int, device: torch.device) 
         logits_indices.extend(range(end - wanted, end))
         logits_counts.append(wanted)
         offset = end
-    ids_T, positions_T, slots_T = torch.from_numpy(packed).to(device, non_blocking=True)
+    ids_T, positions_T, slots_T = to_device(packed, torch.int64, device)
     inputs = ForwardInputs(
         input_ids_T=ids_T,
         position_ids_T=positions_T,
@@ -99,7 +100,7 @@ def build_inputs(rows: Sequence[Row], *, block_size: int, device: torch.device) 
         query_lens=[row.num_tokens for row in rows],
         context_lens=[row.end for row in rows],
         block_tables=[row.sequence.block_table for row in rows],
-        logits_indices_L=torch.tensor(logits_indices, dtype=torch.int64, device=device),
+        logits_indices_L=to_device(logits_indices, torch.int64, device),
     )
     return inputs, logits_counts
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from text_generation_server.attention.interface import LayerCache, LayerSpec
+from text_generation_server.transfer import to_device
 
 
 class KVCache:
@@ -40,10 +41,13 @@ class KVCache:
 
     def zero_blocks(self, block_ids: Iterable[int]) -> None:
         """Clear blocks whose content may be not-a-number: a masked slot still poisons attention (0 x NaN is NaN)."""
-        ids_B = torch.tensor(list(block_ids), dtype=torch.int64).to(self._device, non_blocking=True)
+        ids_B = to_device(list(block_ids), torch.int64, self._device)
         for layer in self.layers:
             for cached in (layer.keys_KSD, layer.values_KSE):
-                cached.view(cached.shape[0], -1, self.block_size, cached.shape[2]).index_fill_(1, ids_B, 0)
+                plain = (
+                    cached.view(torch.uint8) if cached.dtype.itemsize == 1 else cached
+                )  # torch has no fill for float8
+                plain.view(cached.shape[0], -1, self.block_size, cached.shape[2]).index_fill_(1, ids_B, 0)
 
 
 def bytes_per_token(layers: Iterable[LayerSpec], dtype: torch.dtype) -> int:

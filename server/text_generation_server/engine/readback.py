@@ -41,13 +41,13 @@ class Stopwatch:
 
     def total_ns(self) -> int:
         """All laps; on CUDA only after the work in them has ended."""
-        total = 0
-        for begin, end in self._laps:
-            if isinstance(begin, int) and isinstance(end, int):
-                total += end - begin
-            elif isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-                total += int(begin.elapsed_time(end) * 1e6)
-        return total
+        return sum(_between_ns(begin, end) for begin, end in self._laps)
+
+    def since_ns(self, other: Stopwatch) -> int:
+        """From the last lap of ``other`` to the first of this one; 0 where one has none."""
+        if not self._laps or not other._laps:
+            return 0
+        return max(0, _between_ns(other._laps[-1][1], self._laps[0][0]))
 
     def _now(self) -> int | torch.cuda.Event:
         if not self._cuda:
@@ -55,6 +55,13 @@ class Stopwatch:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
+
+
+def _between_ns(begin: int | torch.cuda.Event, end: int | torch.cuda.Event) -> int:
+    if isinstance(begin, int) or isinstance(end, int):
+        assert isinstance(begin, int) and isinstance(end, int), "one clock for both"
+        return end - begin
+    return int(begin.elapsed_time(end) * 1e6)
 
 
 def _pinned_copy(tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Logits -> token ids and logprobs, for the rows of a step that produce a token.
 
 A batch pays only for what its rows ask: all-greedy rows without penalties cost one maximum and one sum of exponentials.
+Nothing here waits for a GPU: how many operations there are, and their sizes, follow from what rows ask alone.
 
 Shape legend: S sampled rows, V vocabulary, N largest number of top tokens asked for, T tokens of the step.
 """
@@ -18,11 +19,13 @@ from text_generation_server.generation.logits_processors import (
     History,
     divide_by_temperature,
     keep_likely,
+    keep_likely_in_place,
     penalise_frequency,
     penalise_repetition,
 )
 from text_generation_server.generation.parameters import SamplingParameters
 from text_generation_server.generation.uniform import uniform
+from text_generation_server.transfer import to_device
 
 _BLOCK = 256
 """Tokens that the inverse CDF sums up at once: two short searches instead of a running sum over the vocabulary."""
@@ -79,11 +82,11 @@ def sample(logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor | Non
     weights_SV = torch.sub(logits_SV, best_S.unsqueeze(-1)).exp_()
     drawn = [index for index, row in enumerate(rows) if row.parameters.do_sample]
     if drawn:
-        uniforms = torch.from_numpy(_uniforms([rows[index] for index in drawn])).to(logits_SV.device)
+        uniforms = to_device(_uniforms([rows[index] for index in drawn]), torch.float64, logits_SV.device)
         if len(drawn) == len(rows):
             ids_S = inverse_cdf(weights_SV, uniforms)
         else:
-            drawn_D = torch.tensor(drawn, device=logits_SV.device)
+            drawn_D = to_device(drawn, torch.int64, logits_SV.device)
             ids_S[drawn_D] = inverse_cdf(weights_SV[drawn_D], uniforms)
     log_totals_S = _totals(weights_SV).log()
     # NaN and infinities end up here whatever the row asked for.
@@ -143,17 +146,21 @@ def _process(logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor | N
         logits_SV.masked_fill_(~finite_S.unsqueeze(-1), 0.0)
     _penalise(logits_SV, rows, input_ids_T)
     if any(row.parameters.temperature != 1.0 for row in rows):
-        temperatures = torch.tensor([row.parameters.temperature for row in rows], dtype=torch.float32)
-        divide_by_temperature(logits_SV, temperatures.to(device))
+        temperatures = [row.parameters.temperature for row in rows]
+        divide_by_temperature(logits_SV, to_device(temperatures, torch.float32, device))
     filtered = [index for index, row in enumerate(rows) if row.parameters.has_filter]
     for some in (filtered[first : first + FILTERED_ROWS] for first in range(0, len(filtered), FILTERED_ROWS)):
         wanted = [rows[index].parameters for index in some]
-        some_F = torch.tensor(some, device=device)
-        logits_SV[some_F] = keep_likely(
-            logits_SV[some_F],
-            torch.tensor([parameters.top_k for parameters in wanted], device=device),
-            torch.tensor([parameters.top_p for parameters in wanted], dtype=torch.float64, device=device),
-            torch.tensor([parameters.typical_p for parameters in wanted], dtype=torch.float64, device=device),
+        some_F = to_device(some, torch.int64, device)
+        top_k_F = to_device([parameters.top_k for parameters in wanted], torch.int64, device)
+        top_p_F = to_device([parameters.top_p for parameters in wanted], torch.float64, device)
+        typical_p_F = to_device([parameters.typical_p for parameters in wanted], torch.float64, device)
+        if device.type == "cpu":
+            logits_SV[some_F] = keep_likely(logits_SV[some_F], top_k_F, top_p_F, typical_p_F)
+            continue
+        has_typical_p = any(parameters.typical_p < 1 for parameters in wanted)
+        logits_SV[some_F] = keep_likely_in_place(
+            logits_SV[some_F], top_k_F, top_p_F, typical_p_F if has_typical_p else None
         )
     return finite_S
 
@@ -166,16 +173,17 @@ def _penalise(logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor | 
     wanted = [rows[index] for index in penalised]
     history = _history(wanted, input_ids_T, device)
     # Rows by their place in the whole batch, so that only touched logits are read and written.
-    history = replace(history, rows_N=torch.tensor(penalised, device=device)[history.rows_N])
+    penalised_P = to_device(penalised, torch.int64, device)
+    history = replace(history, rows_N=penalised_P[history.rows_N])
     lengths_S = torch.ones(len(rows), device=device)
-    lengths_S[torch.tensor(penalised, device=device)] = history.lengths_P
+    lengths_S[penalised_P] = history.lengths_P
     history = replace(history, lengths_P=lengths_S)
     repetition = [row.parameters.repetition_penalty for row in rows]
     if any(penalty != 1.0 for penalty in repetition):
-        penalise_repetition(logits_SV, history, torch.tensor(repetition, dtype=torch.float32, device=device))
+        penalise_repetition(logits_SV, history, to_device(repetition, torch.float32, device))
     frequency = [row.parameters.frequency_penalty for row in rows]
     if any(penalty != 0.0 for penalty in frequency):
-        penalise_frequency(logits_SV, history, torch.tensor(frequency, dtype=torch.float32, device=device))
+        penalise_frequency(logits_SV, history, to_device(frequency, torch.float32, device))
 
 
 def _history(rows: list[SamplingRow], input_ids_T: Tensor | None, device: torch.device) -> History:
@@ -183,16 +191,16 @@ def _history(rows: list[SamplingRow], input_ids_T: Tensor | None, device: torch.
     known = [np.array(row.known_ids, dtype=np.int64) for row in rows]
     known_lengths = np.array([ids.shape[0] for ids in known])
     pending = [(index, row.pending_index) for index, row in enumerate(rows) if row.pending_index is not None]
-    owners_N = torch.from_numpy(np.repeat(np.arange(len(rows)), known_lengths)).to(device)
-    ids_N = torch.from_numpy(np.concatenate(known)).to(device)
+    owners_N = to_device(np.repeat(np.arange(len(rows)), known_lengths), torch.int64, device)
+    ids_N = to_device(np.concatenate(known), torch.int64, device)
     lengths = known_lengths.astype(np.float32)
     if pending:
         assert input_ids_T is not None
         owners, places = zip(*pending, strict=True)
-        owners_N = torch.cat([owners_N, torch.tensor(owners, device=device)])
-        ids_N = torch.cat([ids_N, input_ids_T[torch.tensor(places, device=device)]])
+        owners_N = torch.cat([owners_N, to_device(owners, torch.int64, device)])
+        ids_N = torch.cat([ids_N, input_ids_T[to_device(places, torch.int64, device)]])
         lengths[list(owners)] += 1
-    return History(owners_N, ids_N, torch.from_numpy(lengths).to(device))
+    return History(owners_N, ids_N, to_device(lengths, torch.float32, device))
 
 
 def _uniforms(rows: list[SamplingRow]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -208,13 +216,13 @@ def _top_candidates(
     if not asking:
         return None
     wanted = [rows[index].top_n_tokens for index in asking]
-    asking_R = torch.tensor(asking, device=scores_SV.device)
+    asking_R = to_device(asking, torch.int64, scores_SV.device)
     # In the same two steps as the chosen token's, so that a token has one logprob wherever it is reported.
     below_best_RV = scores_SV[asking_R] - best_S[asking_R].unsqueeze(-1)
     logprobs_RV = (below_best_RV.double() - log_totals_S[asking_R].unsqueeze(-1)).float()
     places = min(max(wanted) + _SPARE_TOP_TOKENS, logprobs_RV.shape[-1])
     values_RN, ids_RN = logprobs_RV.topk(places)
-    last_R1 = values_RN.gather(-1, torch.tensor(wanted, device=scores_SV.device).unsqueeze(-1) - 1)
+    last_R1 = values_RN.gather(-1, to_device(wanted, torch.int64, scores_SV.device).unsqueeze(-1) - 1)
     counts_R = ((logprobs_RV >= last_R1) & (logprobs_RV > -torch.inf)).sum(-1)
     return TopCandidates(asking, wanted, logprobs_RV, values_RN, ids_RN, counts_R)
 

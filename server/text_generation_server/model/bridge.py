@@ -68,7 +68,10 @@ def attention(
 def attend(
     module: nn.Module, query_HTD: Tensor, key_KTD: Tensor, value_KTE: Tensor, arguments: dict[str, Any]
 ) -> Tensor:
-    """The same call from a module of ours, which need not pretend to have a batch; [T, H, E]."""
+    """The same call from a module of ours, which need not pretend to have a batch; [T, H, E].
+
+    It may leave the rotation of queries and keys to the back end, as the argument ``rotation``, where that knows of it.
+    """
     if _handler is None:
         raise RuntimeError("attention was called outside of a step")
     return _handler(module, query_HTD, key_KTD, value_KTE, arguments)

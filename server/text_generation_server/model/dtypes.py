@@ -7,13 +7,18 @@ from pathlib import Path
 
 import torch
 
-from text_generation_server.config import ConfigError, Dtype
+from text_generation_server.config import ConfigError, Dtype, KvCacheDtype
 
 logger = logging.getLogger(__name__)
 
 BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16", "avx_ne_convert"})
 """In /proc/cpuinfo: x86 and arm names for bfloat16 products."""
 FP16_FLAGS = frozenset({"avx512_fp16", "amx_fp16", "asimdhp"})
+
+
+def resolve_kv_dtype(asked: KvCacheDtype | None) -> torch.dtype | None:
+    """Of the KV cache; None: that of the weights."""
+    return None if asked is None else getattr(torch, asked.value.replace("fp8", "float8"))
 
 
 def resolve_dtype(asked: Dtype | None, stored: torch.dtype, device: torch.device) -> torch.dtype:

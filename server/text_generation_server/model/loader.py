@@ -22,7 +22,7 @@ from text_generation_server.errors import first_line
 from text_generation_server.model import bridge, checkpoint, parallel, probe, temperature
 from text_generation_server.model.architecture import Architecture, read_architecture, refused
 from text_generation_server.model.bridge import Unservable
-from text_generation_server.model.dtypes import resolve_dtype
+from text_generation_server.model.dtypes import resolve_dtype, resolve_kv_dtype
 from text_generation_server.model.runner import ModelInfo
 from text_generation_server.model.swaps import table as swaps
 from text_generation_server.model.transformers_runner import TransformersRunner
@@ -126,13 +126,14 @@ def _prepare(
     progress("probe", 0, 2)
     layers = probe.record(model, vocab_size=vocab_size, num_layers=num_layers, device=group.device)
     expected = probe.reference(model, layers, vocab_size=vocab_size, dtype=dtype, device=group.device)
-    attention, backend = registry.create(
-        registry.candidates(config.attention, group.device),
-        layers=layers,
-        block_size=config.block_size,
-        dtype=dtype,
-        device=group.device,
-    )
+    kv_dtype = resolve_kv_dtype(config.kv_cache_dtype)
+    names = registry.candidates(config.attention, group.device)
+    options: dict[str, Any] = {
+        "layers": layers, "block_size": config.block_size, "dtype": dtype, "device": group.device
+    }  # fmt: skip
+    attention, serving = registry.create(names, **options, kv_dtype=kv_dtype)
+    # The probe compares without what a narrower cache rounds off.
+    backend = serving if kv_dtype is None else registry.create((attention,), **options)[1]
     logits_width = expected.logits[0].shape[-1]
     info = ModelInfo(
         model_type=architecture.model_type,
@@ -143,7 +144,7 @@ def _prepare(
         eos_token_ids=checkpoint.eos_token_ids(folder, architecture.raw, logits_width),
         max_position_embeddings=architecture.positions,
         window_size=min((layer.window or layer.chunk for layer in layers if layer.window or layer.chunk), default=0),
-        kv_bytes_per_token=bytes_per_token(layers, dtype),
+        kv_bytes_per_token=bytes_per_token(layers, kv_dtype or dtype),
     )
     runner = TransformersRunner(
         model,
@@ -161,12 +162,17 @@ def _prepare(
         run = probe.dense_pass(model, vocab_size=vocab_size, max_positions=architecture.positions, device=group.device)
         try:
             with bridge.handling(probe.dense):
-                without = without_swaps if attention == "llvm" else without_swaps | {"kernels"}
-                swaps.apply(model, dtype=dtype, run=run, without=without)
+                without = without_swaps if attention in ("llvm", "triton") else without_swaps | {"kernels"}
+                swaps.apply(model, dtype=dtype, run=run, without=without, on_gpu=attention == "triton")
             runner.allocate_kv_cache(probe.blocks_needed(config.block_size))
             probe.verify(runner.forward, expected, block_size=config.block_size, what="the pass with swapped modules")
         except Unservable as reason:
             raise _SwapsFailed(reason) from reason
+    if kv_dtype is not None:
+        runner.backend, runner.kv_dtype = serving, kv_dtype
+        runner.allocate_kv_cache(probe.blocks_needed(config.block_size))
+        error = probe.distance(runner.forward, expected, block_size=config.block_size, what="the narrower KV cache")
+        logger.info("KV cache in %s: the probe's logits differ by %.2g of their spread", config.kv_cache_dtype, error)
     runner.release_kv_cache()
     progress("probe", 2, 2)
     return runner

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from text_generation_server.attention.interface import LayerSpec
+from text_generation_server.attention.interface import LayerSpec, Rotation
 from text_generation_server.engine.batch import Row, Sequence
 from text_generation_server.engine.inputs import ForwardInputs, build_inputs
 from text_generation_server.errors import first_line
@@ -66,6 +66,8 @@ class Recorder:
                 value_dim=value_KTE.shape[2],
                 window=window,
                 chunk=chunk,
+                softcap=float(arguments.get("softcap") or 0.0),
+                has_sinks=arguments.get("s_aux") is not None,
             )
         )
         return dense(module, query_HTD, key_KTD, value_KTE, arguments)
@@ -75,6 +77,9 @@ def dense(
     module: nn.Module, query_HTD: Tensor, key_KTD: Tensor, value_KTE: Tensor, arguments: dict[str, Any]
 ) -> Tensor:
     """Handler that attends causally without a cache: enough to see shapes, and to compare modules with each other."""
+    rotation: Rotation | None = arguments.get("rotation")
+    if rotation is not None:
+        query_HTD, key_KTD = rotation.plainly(query_HTD, key_KTD)
     out = F.scaled_dot_product_attention(
         query_HTD[None],
         key_KTD[None],
@@ -161,6 +166,14 @@ def verify(forward: Callable[[ForwardInputs], Tensor], expected: Reference, *, b
 
     Raises: Unservable, naming ``what`` was run.
     """
+    found = distance(forward, expected, block_size=block_size, what=what)
+    if not found <= TOLERANCE[expected.dtype]:
+        raise Unservable(f"{what} gives other logits than the model's own attention (relative error {found:.2g})")
+
+
+@torch.inference_mode()
+def distance(forward: Callable[[ForwardInputs], Tensor], expected: Reference, *, block_size: int, what: str) -> float:
+    """The error of the paged path's logits, relative to their spread. Raises: Unservable if it does not run."""
     rows: tuple[list[Tensor], list[Tensor]] = ([], [])
     for step in probe_steps(expected.prompts, block_size):
         inputs, counts = build_inputs(step, block_size=block_size, device=expected.prompts[0].device)
@@ -173,9 +186,7 @@ def verify(forward: Callable[[ForwardInputs], Tensor], expected: Reference, *, b
             logits = logits[count:]
     errors = torch.cat([_row_errors(torch.cat(ours), own) for ours, own in zip(rows, expected.logits, strict=True)])
     # In a short float a near-tie in a router sends single tokens elsewhere; a real mismatch shows in most rows.
-    distance = float(errors.max() if expected.dtype == torch.float32 else errors.mean())
-    if not distance <= TOLERANCE[expected.dtype]:
-        raise Unservable(f"{what} gives other logits than the model's own attention (relative error {distance:.2g})")
+    return float(errors.max() if expected.dtype == torch.float32 else errors.mean())
 
 
 def probe_steps(prompts: tuple[Tensor, Tensor], block_size: int) -> list[list[Row]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from text_generation_server.attention.interface import AttentionBackend, LayerSpec
+from text_generation_server.attention.interface import AttentionBackend, LayerSpec, Rotation
 from text_generation_server.engine.inputs import ForwardInputs
 from text_generation_server.engine.kv_cache import KVCache
 from text_generation_server.model import bridge
@@ -26,11 +26,11 @@ class PagedStep:
 
     __slots__ = ("cache", "calls", "plan", "positions_T", "runner")
 
-    def __init__(self, runner: TransformersRunner, cache: KVCache, inputs: ForwardInputs) -> None:
+    def __init__(self, runner: TransformersRunner, cache: KVCache, plan: Any, positions_T: Tensor) -> None:
         self.runner = runner
         self.cache = cache
-        self.plan = runner.backend.prepare(inputs)
-        self.positions_T = inputs.position_ids_T
+        self.plan = plan
+        self.positions_T = positions_T
         self.calls = 0
 
     def __call__(
@@ -40,9 +40,15 @@ class PagedStep:
         runner = self.runner
         self.calls += 1
         runner.on_progress()
+        options: dict[str, Any] = {}
+        rotation: Rotation | None = arguments.get("rotation")
         temperature = runner.temperatures.get(index)
         if temperature is not None:
+            if rotation is not None:  # the norms before it would undo the scaling
+                query_HTD, key_KTD = rotation.plainly(query_HTD, key_KTD)
             query_HTD = temperature.apply(query_HTD, self.positions_T)
+        elif rotation is not None:
+            options["rotation"] = rotation
         scaling = arguments.get("scaling")
         return runner.backend.attend(
             self.plan,
@@ -54,6 +60,7 @@ class PagedStep:
             scaling=query_HTD.shape[2] ** -0.5 if scaling is None else scaling,
             softcap=arguments.get("softcap") or 0.0,
             sinks_H=arguments.get("s_aux"),
+            **options,
         )
 
 
@@ -76,6 +83,7 @@ class TransformersRunner:
         """By layer, of those that have one."""
         self.backend = backend
         self.block_size = block_size
+        self.kv_dtype = info.dtype
         self.cache: KVCache | None = None
         self.on_progress: Callable[[], None] = lambda: None
         """Called by every layer of a step: a long prefill is no hang."""
@@ -92,7 +100,7 @@ class TransformersRunner:
             self.layers,
             num_blocks=num_blocks,
             block_size=self.block_size,
-            dtype=self._info.dtype,
+            dtype=self.kv_dtype,
             device=self._info.device,
         )
 
@@ -107,18 +115,27 @@ class TransformersRunner:
 
     @torch.inference_mode()
     def forward(self, inputs: ForwardInputs) -> Tensor:
+        plan = self.backend.prepare(inputs)
+        return self.compute(inputs.input_ids_T, inputs.position_ids_T, inputs.logits_indices_L, plan)
+
+    @torch.inference_mode()
+    def compute(self, ids_T: Tensor, positions_T: Tensor, logits_indices_L: Tensor, plan: Any) -> Tensor:
+        """A step whose ``plan`` the back end has made; float32 logits [L, V].
+
+        On a GPU nothing in here waits for it, unless the model's own code does.
+        """
         assert self.cache is not None, "allocate_kv_cache comes first"
-        step = PagedStep(self, self.cache, inputs)
-        options = {"logits_to_keep": inputs.logits_indices_L} if self._keeps_logits else {}
+        step = PagedStep(self, self.cache, plan, positions_T)
+        options = {"logits_to_keep": logits_indices_L} if self._keeps_logits else {}
         with bridge.handling(step):
             output = self.model(
-                input_ids=inputs.input_ids_T[None],
-                position_ids=inputs.position_ids_T[None],
+                input_ids=ids_T[None],
+                position_ids=positions_T[None],
                 use_cache=False,
                 **options,
             )
         assert step.calls == len(self.layers), f"{step.calls} of {len(self.layers)} layers attended"
         logits: Tensor = output.logits[0]
         if not self._keeps_logits:
-            logits = logits[inputs.logits_indices_L]
+            logits = logits[logits_indices_L]
         return logits.float()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from types import ModuleType
@@ -14,7 +15,7 @@ from text_generation_server.config import ConfigError
 
 CPU = torch.device("cpu")
 LAYER = LayerSpec(query_heads=4, kv_heads=2, key_dim=8, value_dim=8)
-OPTIONS: dict[str, Any] = {"layers": [LAYER], "block_size": 4, "dtype": torch.float32, "device": CPU}
+OPTIONS: dict[str, Any] = {"layers": [LAYER], "block_size": 4, "dtype": torch.float32, "device": CPU, "kv_dtype": None}
 
 
 class Willing:
@@ -43,7 +44,12 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "expected"), [("cpu", ("llvm", "torch")), ("cuda", ("torch",)), ("mps", ("torch",))]
+    ("device", "expected"),
+    [
+        ("cpu", ("llvm", "torch")),
+        ("cuda", ("triton", "varlen", "flash-attn", "torch")),
+        ("mps", ("torch",)),
+    ],
 )
 def test_the_default_depends_on_the_device(device: str, expected: tuple[str, ...]) -> None:
     assert registry.candidates(None, torch.device(device)) == expected
@@ -57,7 +63,10 @@ def test_a_name_that_is_given_is_the_only_candidate(name: str, device: str) -> N
 
 @pytest.mark.parametrize("name", ["flashiest", "", "Torch"])
 def test_an_unknown_name_is_refused_with_the_choices(name: str) -> None:
-    expected = f"^attention `{name}` is not known: choose one of fussy, llvm, missing, torch, willing$"
+    expected = (
+        f"^attention `{name}` is not known: choose one of "
+        "flash-attn, fussy, llvm, missing, torch, triton, varlen, willing$"
+    )
     with pytest.raises(ConfigError, match=expected):
         registry.candidates(name, CPU)
 
@@ -134,6 +143,12 @@ def test_an_error_of_another_kind_is_not_hidden(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Fussy, "__init__", broken)
     with pytest.raises(ZeroDivisionError):
         registry.create(("fussy", "torch"), **OPTIONS)
+
+
+def test_a_cache_in_another_format_is_served_by_torch_on_a_processor() -> None:
+    layer = dataclasses.replace(LAYER, key_dim=16, value_dim=16)
+    options = OPTIONS | {"layers": [layer], "block_size": 16, "kv_dtype": torch.float8_e5m2}
+    assert registry.create(registry.candidates(None, CPU), **options)[0] == "torch"
 
 
 def test_heads_that_the_kernel_does_not_know_are_served_by_torch() -> None:

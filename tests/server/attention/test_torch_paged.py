@@ -91,6 +91,13 @@ def test_short_floats(dtype: torch.dtype, layer: LayerSpec, rows: list[tuple[int
     check(layer, rows, dtype=dtype, softcap=1.5)
 
 
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_cache_of_eight_bits(rows: list[tuple[int, int]], kv_dtype: torch.dtype) -> None:
+    check(PLAIN, rows, kv_dtype=kv_dtype)
+    check(PLAIN, rows, kv_dtype=kv_dtype, dtype=torch.bfloat16, softcap=1.5, sinks=True)
+
+
 def test_decode_rows_of_very_unlike_length_are_grouped_apart() -> None:
     check(PLAIN, [(5000 if row == 3 else row + 1, 1) for row in range(6)])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from text_generation_server.generation.logits_processors import (
     History,
     divide_by_temperature,
     keep_likely,
+    keep_likely_in_place,
     penalise_frequency,
     penalise_repetition,
 )
+from torch import Tensor
 
 Row = list[float]
 # Few values, so that ties are the rule; and some that nothing shares.
@@ -80,10 +83,16 @@ class Undecided(Exception):
     """Two orders of summation may answer differently here."""
 
 
-def filtered(rows: list[Row], k: list[int], p: list[float], typical: list[float]) -> list[set[int]]:
+Keep = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+both_ways = pytest.mark.parametrize(
+    "keep", [pytest.param(keep_likely, id="binned"), pytest.param(keep_likely_in_place, id="sorted")]
+)
+
+
+def filtered(keep: Keep, rows: list[Row], k: list[int], p: list[float], typical: list[float]) -> list[set[int]]:
     scores = torch.tensor(rows)
-    out = keep_likely(
-        scores,
+    out = keep(
+        scores.clone(),
         torch.tensor(k),
         torch.tensor(p, dtype=torch.float64),
         torch.tensor(typical, dtype=torch.float64),
@@ -95,14 +104,15 @@ def filtered(rows: list[Row], k: list[int], p: list[float], typical: list[float]
 
 @settings(max_examples=150, deadline=None)
 @given(rows=ROWS, data=st.data())
-def test_filters_keep_what_the_reference_keeps(rows: list[Row], data: st.DataObject) -> None:
+@both_ways
+def test_filters_keep_what_the_reference_keeps(keep: Keep, rows: list[Row], data: st.DataObject) -> None:
     rows = torch.tensor(rows).tolist()
     count = len(rows)
     probability = st.sampled_from([1e-6, 0.1, 0.5, 0.9, 0.999, 1.0]) | st.floats(1e-3, 1.0)
     k = data.draw(st.lists(st.sampled_from([0, 1, 2, 5, 23, 10_000]), min_size=count, max_size=count))
     p = data.draw(st.lists(probability, min_size=count, max_size=count))
     typical = data.draw(st.lists(probability, min_size=count, max_size=count))
-    kept = filtered(rows, k, p, typical)
+    kept = filtered(keep, rows, k, p, typical)
     for row, row_k, row_p, row_typical, ids in zip(rows, k, p, typical, kept, strict=True):
         try:
             after_k = top_k_reference(row, row_k)
@@ -131,15 +141,17 @@ def test_filters_keep_what_the_reference_keeps(rows: list[Row], data: st.DataObj
         pytest.param([2.0, 2.0, 0.0, 0.0], 2, 0.6, 1.0, {0, 1}, id="top-p counts probabilities among the top k"),
     ],
 )
-def test_filter_cases(row: Row, k: int, p: float, typical: float, kept: set[int]) -> None:
-    assert filtered([row], [k], [p], [typical]) == [kept]
+@both_ways
+def test_filter_cases(keep: Keep, row: Row, k: int, p: float, typical: float, kept: set[int]) -> None:
+    assert filtered(keep, [row], [k], [p], [typical]) == [kept]
 
 
-def test_a_large_vocabulary_is_filtered_as_the_reference_does() -> None:
+@both_ways
+def test_a_large_vocabulary_is_filtered_as_the_reference_does(keep: Keep) -> None:
     generator = torch.Generator().manual_seed(5)
     scores = torch.randn(6, 5000, generator=generator) * torch.tensor([0.01, 0.3, 1, 3, 6, 20]).unsqueeze(-1)
     rows: list[Row] = scores.tolist()
-    assert filtered(rows, [0] * 6, [0.9] * 6, [1.0] * 6) == [top_p_reference(row, 0.9) for row in rows]
+    assert filtered(keep, rows, [0] * 6, [0.9] * 6, [1.0] * 6) == [top_p_reference(row, 0.9) for row in rows]
 
 
 def history(rows: list[list[int]]) -> History:

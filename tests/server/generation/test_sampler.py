@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from text_generation_server.generation import sampler
 from text_generation_server.generation.parameters import SamplingParameters
 from text_generation_server.generation.sampler import Sampled, SamplingRow, inverse_cdf, read_top_tokens, sample
 
@@ -182,3 +184,33 @@ def test_a_chosen_token_has_the_logprob_it_has_among_the_top_tokens() -> None:
     sampled = sample(logits, rows)
     assert sampled.top is not None
     assert torch.equal(sampled.top.values_RN[:, 0], sampled.logprobs_S)
+
+
+class Waits(Exception):
+    """The host would have to wait for the device."""
+
+
+@pytest.mark.parametrize("top_n_tokens", [0, 3])
+@pytest.mark.parametrize("kinds", [*([kind] for kind in KINDS), KINDS], ids=[*map(str, range(len(KINDS))), "all"])
+def test_nothing_waits_for_a_gpu(
+    kinds: list[SamplingParameters], top_n_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the device whose tensors have no numbers: whoever looks at any fails."""
+    meta = torch.device("meta")
+
+    def sent(numbers: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(torch.as_tensor(numbers).shape, dtype=dtype, device=device)
+
+    def tensor(numbers: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        if device is not None and torch.device(device) != torch.device("cpu"):
+            raise Waits
+        return make_tensor(numbers, device=device, **options)
+
+    make_tensor = torch.tensor
+    monkeypatch.setattr(sampler, "to_device", sent)
+    monkeypatch.setattr(torch, "tensor", tensor)
+    rows = [SamplingRow(kind, index, top_n_tokens, array("q", [1, 2, 3]), index) for index, kind in enumerate(kinds)]
+    logits, ids = torch.empty(len(rows), 600, device=meta), torch.empty(len(rows), dtype=torch.int64, device=meta)
+    sampled = sample(logits, rows, ids)
+    assert sampled.ids_S.device == sampled.logprobs_S.device == meta
+    assert (sampled.top is None) == (top_n_tokens == 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,10 @@ MakeModel = Callable[..., Path]
 WIDE_HEADS = {"head_dim": 32}
 needs_tiles = pytest.mark.skipif(
     not tiled_product.supports(32, 32, torch.bfloat16), reason="this processor does not multiply in tiles (AMX)"
+)
+needs_interpreter = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="Triton's interpreter is off",
 )
 
 
@@ -106,3 +112,46 @@ def test_attention_of_torch_leaves_all_kernels_out(dtype: Dtype, tiny_model: Mak
     assert not any(layer.kernels for layer in modules(runner, layers.FusedLayer))
     assert not any(attention.has_kernel for attention in modules(runner, FusedAttention))
     assert all(norm.kernel_weight is None for norm in modules(runner, norms.FastRMSNorm))
+
+
+# -- Triton's kernels, in its interpreter ------------------------------------------------------------------------
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("model_type", "is_whole"),
+    [
+        pytest.param("llama", True, id="plain"),
+        pytest.param("qwen3", True, id="norms of heads"),
+        pytest.param("gemma2", False, id="more norms, soft caps, windows"),
+        pytest.param("gpt_oss", False, id="sinks, experts"),
+    ],
+)
+def test_tokens_by_triton_kernels_equal_generate(model_type: str, is_whole: bool, tiny_model: MakeModel) -> None:
+    import transformers
+
+    folder = tiny_model(model_type)
+    prompts = paged_driver.random_prompts(3, lengths=(20, 7))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    expected = paged_driver.generated(model, prompts, max_new_tokens=4, eos_ids=[tiny_models.EOS_ID])
+    runner = load(folder, Dtype.FLOAT32, "triton")
+    assert runner.info.attention == "triton"
+    assert [layer.has_gpu_kernels for layer in modules(runner, layers.FusedLayer)] == [True] * 2 * is_whole
+    assert not modules(runner, TiledLinear)
+    tokens = paged_driver.greedy(
+        runner, prompts, max_new_tokens=4, eos_ids=[tiny_models.EOS_ID], arrive_within=2, chunk_tokens=16
+    )
+    assert tokens == expected
+
+
+@needs_interpreter
+def test_logits_by_triton_kernels_in_float16(tiny_model: MakeModel) -> None:
+    """In float16 layers on a CPU are not packed, so that all of what a GPU computes is there."""
+    folder = tiny_model("llama", initializer_range=0.05)
+    fast, exact = load(folder, Dtype.FLOAT16, "triton"), load(folder, Dtype.FLOAT32, "torch")
+    assert all(each.silu_mul is not None for each in modules(fast, mlp.FusedMLP))
+    assert len(modules(fast, mlp.FusedMLP)) == len(modules(fast, FusedAttention)) == 2
+    assert all(each.gpu_kernels is not None for each in modules(fast, norms.FastRMSNorm))
+    prompts = paged_driver.random_prompts(2, lengths=(3, 20))
+    ours, expected = (paged_driver.last_logits(runner, prompts) for runner in (fast, exact))
+    assert (ours - expected).norm() <= 0.01 * expected.norm()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import paged_driver
 import pytest
 import torch
-from text_generation_server.config import ConfigError, Dtype, ShardConfig
+from text_generation_server.config import ConfigError, Dtype, KvCacheDtype, ShardConfig
 from text_generation_server.model import checkpoint, dtypes
 from text_generation_server.model.architecture import max_positions
 from text_generation_server.model.bridge import Unservable
@@ -229,3 +231,21 @@ def test_longrope_is_limited_to_the_positions_that_do_not_change() -> None:
         rope_parameters=scaling, pad_token_id=0,
     )  # fmt: skip
     assert max_positions(config) == 512
+
+
+@pytest.mark.parametrize("name", list(KvCacheDtype))
+def test_a_cache_of_eight_bits_is_a_quarter_as_large_and_says_what_it_costs(
+    name: KvCacheDtype, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = load_model(CONFIG, folder)
+    with caplog.at_level(logging.INFO, "text_generation_server.model.loader"):
+        runner = load_model(dataclasses.replace(CONFIG, kv_cache_dtype=name), folder)
+    assert runner.info.attention == "torch", "the processor's kernels read no such cache"
+    assert runner.info.kv_bytes_per_token == plain.info.kv_bytes_per_token / 4
+    assert f"KV cache in {name}: the probe's logits differ by " in caplog.text
+    prompts = paged_driver.random_prompts(3)
+    ours, exact = (paged_driver.last_logits(each, prompts) for each in (runner, plain))
+    assert runner.cache is not None
+    assert str(runner.cache.layers[0].keys_KSD.dtype) == f"torch.{name.replace('fp8', 'float8')}"
+    # Three bits of mantissa, or two.
+    assert 0 < (ours - exact).norm() <= (0.1 if name is KvCacheDtype.FP8_E4M3FN else 0.3) * exact.norm()

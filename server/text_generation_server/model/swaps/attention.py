@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from text_generation_server.attention.interface import Rotation
 from text_generation_server.cpu_kernels import rotary
 from text_generation_server.model import bridge
 from text_generation_server.model.swaps.linears import fuse
@@ -44,6 +45,7 @@ class FusedAttention(nn.Module):
         self.dtype = qkv.weight.dtype
         self.has_kernel = False
         self.kernel_norm_weight: Tensor | None = None
+        self.has_gpu_kernels = False
 
     def compute_with_kernels(self) -> bool:
         """Rotate with a kernel of ours, which is told the head width now; returns whether there is one."""
@@ -51,6 +53,12 @@ class FusedAttention(nn.Module):
         if self.has_kernel and self.norm_weight is not None:
             self.kernel_norm_weight = self.norm_weight.float()
         return self.has_kernel
+
+    def compute_with_gpu_kernels(self) -> bool:
+        """Leave norms of heads and the rotation to the back end, which does them in one kernel with the write to the
+        cache; returns True."""
+        self.has_gpu_kernels = True
+        return True
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, **_: Any
@@ -63,7 +71,12 @@ class FusedAttention(nn.Module):
         rotating = self.query_heads + self.kv_heads
         heads = self.qkv(hidden_states[0]).view(-1, rotating + self.kv_heads, self.head_dim)
         pair, value = heads[:, :rotating], heads[:, rotating:]
-        if self.has_kernel:
+        arguments = self.arguments
+        if self.has_gpu_kernels:
+            cos_TD, sin_TD = (each[0] for each in position_embeddings)
+            rotation = Rotation(cos_TD, sin_TD, self.norm_weight, self.norm_eps)
+            arguments = arguments | {"rotation": rotation}
+        elif self.has_kernel:
             cos_TD, sin_TD = (each[0].to(heads.dtype).contiguous() for each in position_embeddings)
             rotary.rotate(
                 heads, cos_TD, sin_TD, num_rotated=rotating, norm_HD=self.kernel_norm_weight, eps=self.norm_eps
@@ -78,7 +91,7 @@ class FusedAttention(nn.Module):
             pair[:, : self.query_heads].transpose(0, 1),
             pair[:, self.query_heads :].transpose(0, 1),
             value.transpose(0, 1),
-            self.arguments,
+            arguments,
         )
         return attended.view(1, -1, self.query_heads * self.head_dim)
 

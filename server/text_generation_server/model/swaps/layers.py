@@ -41,11 +41,19 @@ class FusedLayer(nn.Module):
             if not name.startswith("_") and name != "training":
                 setattr(self, name, value)
         self.kernels: LayerKernels | None = None
+        self.has_gpu_kernels = False
 
     def compute_with_kernels(self) -> bool:
         """Everything but attention in two launches, where all parts have kernels; returns whether."""
         self.kernels = LayerKernels.of(self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp)
         return self.kernels is not None
+
+    def compute_with_gpu_kernels(self) -> bool:
+        """One of the sums in the norm behind it, the other in the product before it, where the norms have kernels;
+        returns whether."""
+        norms = self.input_layernorm, self.post_attention_layernorm
+        self.has_gpu_kernels = all(norm.gpu_kernels is not None for norm in norms)
+        return self.has_gpu_kernels
 
     def forward(
         self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor] | None = None, **__: Any
@@ -54,6 +62,9 @@ class FusedLayer(nn.Module):
         if self.kernels is not None:
             return self.kernels(hidden_states, position_embeddings)
         attended = self.self_attn.inner(self.input_layernorm(hidden_states), position_embeddings)
+        if self.has_gpu_kernels:
+            total, normed = self.post_attention_layernorm.after_sum(self.self_attn.out(attended), hidden_states)
+            return self.mlp.add_to(normed, total)
         hidden_states = linear_plus(self.self_attn.out, attended, hidden_states)
         return self.mlp.plus(self.post_attention_layernorm(hidden_states), hidden_states)
 

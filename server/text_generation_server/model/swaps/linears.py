@@ -111,6 +111,15 @@ def linear_plus(layer: nn.Module, x: Tensor, addend: Tensor) -> Tensor:
     return out + addend
 
 
+def linear_add_to(layer: nn.Module, x: Tensor, total: Tensor) -> Tensor:
+    """``layer(x) + total``, in place of ``total`` where a product can add to what lies at its destination."""
+    weights = plain_weights(layer)
+    if weights is not None and weights[1] is None:
+        total.view(-1, total.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weights[0].t())
+        return total
+    return linear_plus(layer, x, total)
+
+
 def plain_weights(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight [out, in] and bias of a module that is a linear layer and nothing more, else None."""
     if type(module) is nn.Linear:

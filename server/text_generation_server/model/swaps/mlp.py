@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from text_generation_server.cpu_kernels import tiled_product
 from text_generation_server.cpu_kernels.tiled_product import Epilogue, TiledProduct
-from text_generation_server.model.swaps.linears import FusingLinear, can_pack, fuse, linear_plus, plain_weights, tiles
+from text_generation_server.model.swaps.linears import (
+    FusingLinear,
+    can_pack,
+    fuse,
+    linear_add_to,
+    linear_plus,
+    plain_weights,
+    tiles,
+)
 
 
 class GatedMLP(nn.Module):
@@ -26,6 +35,10 @@ class GatedMLP(nn.Module):
     def plus(self, x: Tensor, addend: Tensor) -> Tensor:
         return linear_plus(self.down, self.inner(x), addend)
 
+    def add_to(self, x: Tensor, total: Tensor) -> Tensor:
+        """The same, which may be computed in place of ``total``."""
+        return linear_add_to(self.down, self.inner(x), total)
+
 
 class FusedMLP(GatedMLP):
     """Gate and up in one product: where a product costs the same whatever its width."""
@@ -37,9 +50,21 @@ class FusedMLP(GatedMLP):
         self.activation = activation
         self.is_silu = _is_silu(activation)
         self.width = gate_up.out_features // 2
+        self.silu_mul: Callable[[Tensor], Tensor] | None = None
+        """The Triton kernel, once it is used."""
+
+    def compute_with_gpu_kernels(self) -> bool:
+        """Activation and product in one Triton kernel, if there is one for the activation; returns whether."""
+        if self.is_silu:
+            from text_generation_server.gpu_kernels.silu_mul import silu_mul
+
+            self.silu_mul = silu_mul
+        return self.is_silu
 
     def inner(self, x: Tensor) -> Tensor:
         gate_up: Tensor = self.gate_up(x)
+        if self.silu_mul is not None:
+            return self.silu_mul(gate_up)
         gate, up = gate_up[..., : self.width], gate_up[..., self.width :]
         gate = F.silu(gate, inplace=True) if self.is_silu else self.activation(gate)
         return gate.mul_(up)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,8 @@ class FastRMSNorm(nn.Module):
         self.register_buffer("mirror", mirror, persistent=False)
         self.register_buffer("mirrored_weight", torch.stack((weight, weight)).detach(), persistent=False)
         self.kernel_weight: Tensor | None = None
+        self.gpu_kernels: Any = None
+        """The module of the Triton kernels, once they are used."""
 
     def compute_with_kernels(self) -> bool:
         """Compute with a kernel of ours, where there is one; returns whether. In float32 it stays as it is."""
@@ -43,7 +46,25 @@ class FastRMSNorm(nn.Module):
         del self.mirror, self.mirrored_weight
         return True
 
+    def compute_with_gpu_kernels(self) -> bool:
+        """Compute with a Triton kernel; returns whether, which is always."""
+        from text_generation_server.gpu_kernels import rms_norm as gpu_rms_norm
+
+        self.gpu_kernels = gpu_rms_norm
+        return True
+
+    def after_sum(self, x: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:
+        """``x + addend``, and its norm."""
+        if self.gpu_kernels is not None:
+            total, normed = self.gpu_kernels.add_rms_norm(x, addend, self.weight, self.eps)
+            return total, normed
+        total = x + addend
+        return total, self(total)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.gpu_kernels is not None:
+            normed: Tensor = self.gpu_kernels.rms_norm(x, self.weight, self.eps)
+            return normed
         if self.kernel_weight is not None:
             return rms_norm.rms_norm(x, self.kernel_weight, self.eps)
         if x.dtype == torch.float32 or x.device.type != "cpu":

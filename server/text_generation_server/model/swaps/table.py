@@ -53,6 +53,14 @@ class HasKernels(Protocol):
         """Do so from now on, where there is one for its shape and dtype; returns whether."""
 
 
+@runtime_checkable
+class HasGpuKernels(Protocol):
+    """The same with Triton kernels."""
+
+    def compute_with_gpu_kernels(self) -> bool:
+        """Do so from now on, where there is one for what it does; returns whether."""
+
+
 @dataclass(slots=True)
 class Call:
     """One call of a module in the recorded pass."""
@@ -63,11 +71,17 @@ class Call:
 
 
 def apply(
-    model: nn.Module, *, dtype: torch.dtype, run: Callable[[], object], without: Iterable[str] = ()
+    model: nn.Module,
+    *,
+    dtype: torch.dtype,
+    run: Callable[[], object],
+    without: Iterable[str] = (),
+    on_gpu: bool = False,
 ) -> dict[str, int]:
     """Replace modules in place; returns how many by each swap.
 
     ``run`` makes one forward pass in which attention is answered without a cache. ``without`` leaves swaps out.
+    ``on_gpu``: kernels are Triton's, and the attention back end is one that rotates; else they are a processor's.
     """
     left_out = frozenset(without)
     unknown = left_out - set(NAMES)
@@ -79,6 +93,10 @@ def apply(
                 counts[name] = _replace_checked(model, replace, run, TOLERANCE[dtype])
         if "projections" not in left_out:
             counts["projections"] = sum(projections.replace_children(module) for module in list(model.modules()))
+        if on_gpu and "kernels" not in left_out:
+            gpu_swapped = [module for module in reversed(list(model.modules())) if isinstance(module, HasGpuKernels)]
+            counts["kernels"] = sum(module.compute_with_gpu_kernels() for module in gpu_swapped)
+            left_out |= {"kernels"}
         if "kernels" not in left_out:
             # Parts first: a whole layer has kernels only if all its parts have.
             swapped = [module for module in reversed(list(model.modules())) if isinstance(module, HasKernels)]
