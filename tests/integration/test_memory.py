@@ -24,8 +24,10 @@ LARGE = {
     "vocab_size": 8192,
     **POSITIONS,
 }
-TOLERANCE = 0.3
-"""Of the weights: what the C library keeps of the copies that packing makes."""
+TOLERANCE = 0.1
+"""Of the weights."""
+KEPT_BYTES = 32 * 2**20
+"""What the C library keeps of the copies that packing makes; measured: 24 MiB, whatever the size of the model."""
 TYPES = [
     pytest.param("llama", torch.float32, id="llama in float32"),
     pytest.param("llama", torch.bfloat16, id="llama in bfloat16"),
@@ -65,7 +67,8 @@ def test_a_shard_takes_what_was_planned_and_no_more(model_type: str, dtype: torc
     plan = planned(large)
     with serving(*arguments(large)) as server:
         weights = loaded_bytes(server) - without_weights
-        assert plan.sizes.weight_bytes * (1 - TOLERANCE) <= weights <= plan.sizes.weight_bytes * (1 + TOLERANCE)
+        assert weights >= plan.sizes.weight_bytes * (1 - TOLERANCE)
+        assert weights <= plan.sizes.weight_bytes * (1 + TOLERANCE) + KEPT_BYTES
         assert f"KV-cache blocks: {plan.num_blocks}, " in server.text
         pid = server.processes()["shard 0"].pid
         before = read_status(pid, "VmRSS")

@@ -68,7 +68,7 @@ def survey(config: ShardConfig, folder: Path, device_type: str, *, kv_dtype: tor
     model = _build(architecture, dtype)
     plan: dict[str, str] = (getattr(model, "tp_plan", None) or {}) if config.world_size > 1 else {}
     weight_bytes = _weight_bytes(model, plan, config.world_size)
-    copied = _head_copy_bytes(model, dtype) if config.swaps and device_type == "cpu" else 0
+    copied = _head_copy_bytes(model, dtype, plan, config.world_size) if config.swaps and device_type == "cpu" else 0
     layers, step_bytes, logits_width, unknown = _run(model, architecture, dtype)
     if layers is not None and config.world_size > 1 and parallel.splits_attention(plan):
         layers = [_sliced(layer, config.world_size) for layer in layers]
@@ -135,15 +135,15 @@ def _weight_bytes(model: nn.Module, plan: dict[str, str], world_size: int) -> in
     return total + sum(buffer.nbytes for buffer in model.buffers())
 
 
-def _head_copy_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+def _head_copy_bytes(model: nn.Module, dtype: torch.dtype, plan: dict[str, str], world_size: int) -> int:
     """Linear layers are packed in place of their weights (`swaps/linears.py`), but a tied one shares its weight with
     the embedding, which stays."""
     if dtype == torch.float16 or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return 0
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     return sum(
-        module.weight.nbytes
-        for module in model.modules()
+        module.weight.nbytes // (world_size if parallel.is_split(f"{name}.weight", plan) else 1)
+        for name, module in model.named_modules()
         if type(module) is nn.Linear and id(module.weight) in embeddings
     )
 
