@@ -157,7 +157,9 @@ def _openmp() -> ctypes.CDLL:
     if platform.system() != "Linux":
         raise Unavailable(f"threads on {platform.system()} are not known here")
     torch.get_num_threads()  # torch, and so its OpenMP, is loaded
-    mapped = (Path(line.rpartition(" ")[2]) for line in Path("/proc/self/maps").read_text("utf-8").splitlines())
+    mapped = (
+        Path(line.rpartition(" ")[2]) for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    )
     found = {path for path in mapped if path.name.startswith("libgomp")}
     if not found:
         raise Unavailable("this torch does not compute with GNU's OpenMP")
