@@ -47,7 +47,7 @@ SHAPES = {
     "llama-3.1-8b": Shape(
         layers=32, hidden=4096, heads=32, kv_heads=8, intermediate=14336, vocab=128_256, is_tied=False
     ),
-    "tiny": Shape(layers=2, hidden=64, heads=4, kv_heads=2, intermediate=96, vocab=512, is_tied=False),
+    "tiny": Shape(layers=2, hidden=64, heads=2, kv_heads=1, intermediate=96, vocab=512, is_tied=False),
 }
 
 

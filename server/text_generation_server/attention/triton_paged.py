@@ -257,15 +257,16 @@ class TritonPaged:
         sinks_H: Tensor | None,
     ) -> None:
         rows = plan.rows[layer.window, layer.chunk]
-        sums = rows.num_parts * layer.query_heads * 2
+        # Parts first: whole rows of them keep the sums aligned, and kernels are compiled for what is aligned.
         parts = rows.num_parts * layer.query_heads * layer.value_dim
+        sums = rows.num_parts * layer.query_heads * 2
         paged_decode.decode(
             layer, query_HRD, cache.keys_KSD, cache.values_KSE, out_RHE,
             tables_RB=plan.tables_RB,
             contexts_R=plan.numbers_XR[0],
             offsets_R=plan.numbers_XR[rows.index],
-            parts_UHE=plan.scratch[sums : sums + parts],
-            sums_UH2=plan.scratch[:sums],
+            parts_UHE=plan.scratch[:parts],
+            sums_UH2=plan.scratch[parts : parts + sums],
             block_size=self.block_size,
             programs=max(1, min(rows.most_parts, -(-self._programs // (plan.num_rows * layer.kv_heads)))),
             scaling=scaling,

@@ -89,7 +89,11 @@ def decode(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["query_head_stride", "query_row_stride", "table_stride"])
+# A kernel is compiled for what numbers and addresses are multiples of: not for those that change from step to step.
+@triton.jit(
+    do_not_specialize=["query_head_stride", "query_row_stride", "table_stride"],
+    do_not_specialize_on_alignment=["tables", "contexts", "offsets"],
+)
 def _parts(
     query, keys, values, tables, contexts, offsets, parts, sums,
     query_head_stride, query_row_stride, key_head_stride, value_head_stride, table_stride, scaling, softcap,
@@ -158,7 +162,7 @@ def _parts(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["contexts", "offsets", "sinks"])
 def _merge(
     parts, sums, contexts, offsets, out, sinks,
     HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_BLOCK: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr,

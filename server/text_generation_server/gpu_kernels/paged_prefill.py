@@ -86,7 +86,10 @@ def prefill(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["query_head_stride", "query_token_stride", "table_stride"])
+@triton.jit(
+    do_not_specialize=["query_head_stride", "query_token_stride", "table_stride"],
+    do_not_specialize_on_alignment=["units", "chunks", "tables", "sinks"],
+)
 def _prefill(
     query, keys, values, out, units, chunks, tables, sinks,
     query_head_stride, query_token_stride, key_head_stride, value_head_stride, table_stride, scaling, softcap,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import subprocess
 import sys
 from types import ModuleType
 from typing import Any
@@ -153,3 +154,18 @@ def test_a_cache_in_another_format_is_served_by_torch_on_a_processor() -> None:
 
 def test_heads_that_the_kernel_does_not_know_are_served_by_torch() -> None:
     assert registry.create(registry.candidates(None, CPU), **OPTIONS)[0] == "torch"
+
+
+def test_a_shard_needs_no_triton() -> None:
+    """In a process of its own, where Triton cannot be imported."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, text_generation_server.shard\n"
+        "from text_generation_server.attention import registry\n"
+        "from text_generation_server.attention.interface import LayerSpec\n"
+        "layers = [LayerSpec(query_heads=2, kv_heads=1, key_dim=16, value_dim=16)]\n"
+        "options = dict(layers=layers, block_size=16, dtype=torch.float32, device=torch.device('cpu'))\n"
+        "print(registry.create(('triton', 'torch'), **options)[0])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout.strip()) == (0, "torch"), run.stderr
