@@ -39,6 +39,11 @@ class KVCache:
             for layer in layers
         ]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Keys and values of all layers, [K, S, ...] each."""
+        return [tensor for layer in self.layers for tensor in (layer.keys_KSD, layer.values_KSE)]
+
     def zero_blocks(self, block_ids: Iterable[int]) -> None:
         """Clear blocks whose content may be not-a-number: a masked slot still poisons attention (0 x NaN is NaN)."""
         ids_B = to_device(list(block_ids), torch.int64, self._device)

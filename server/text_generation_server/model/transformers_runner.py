@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from text_generation_server.attention.interface import AttentionBackend, LayerSpec, Rotation
 from text_generation_server.engine.inputs import ForwardInputs
 from text_generation_server.engine.kv_cache import KVCache
+from text_generation_server.engine.page_touch import PageTouch
 from text_generation_server.model import bridge
 from text_generation_server.model.runner import ModelInfo
 from text_generation_server.model.temperature import Temperature
@@ -85,6 +86,7 @@ class TransformersRunner:
         self.block_size = block_size
         self.kv_dtype = info.dtype
         self.cache: KVCache | None = None
+        self._page_touch: PageTouch | None = None
         self.on_progress: Callable[[], None] = lambda: None
         """Called by every layer of a step: a long prefill is no hang."""
         self._info = info
@@ -95,7 +97,7 @@ class TransformersRunner:
         return self._info
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
-        self.cache = None  # freed before the new one is made
+        self.release_kv_cache()  # before the new one is made
         self.cache = KVCache(
             self.layers,
             num_blocks=num_blocks,
@@ -103,10 +105,14 @@ class TransformersRunner:
             dtype=self.kv_dtype,
             device=self._info.device,
         )
+        if self._info.device.type == "cpu":
+            self._page_touch = PageTouch(self.cache.tensors)
 
     def release_kv_cache(self) -> None:
         """Give the cache's memory back; `allocate_kv_cache` makes the next one."""
-        self.cache = None
+        if self._page_touch is not None:
+            self._page_touch.stop()
+        self.cache = self._page_touch = None
 
     def zero_blocks(self, block_ids: Iterable[int]) -> None:
         """Clear blocks of a request that failed with not-a-number, before they are handed out again."""
@@ -115,6 +121,8 @@ class TransformersRunner:
 
     @torch.inference_mode()
     def forward(self, inputs: ForwardInputs) -> Tensor:
+        if self._page_touch is not None:
+            self._page_touch.follow(int(inputs.slots_T.max()))
         plan = self.backend.prepare(inputs)
         return self.compute(inputs.input_ids_T, inputs.position_ids_T, inputs.logits_indices_L, plan)
 

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from text_generation_server.engine import page_touch
+from text_generation_server.engine.page_touch import PIECE_BYTES, PageTouch
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="Linux alone is asked for pages ahead")
+
+WIDTH = 64
+SLOTS = 16 * PIECE_BYTES // WIDTH
+"""A head is 16 pieces."""
+
+
+def untouched(num_heads: int) -> Tensor:
+    return torch.from_numpy(np.zeros(num_heads * SLOTS * WIDTH, dtype=np.uint8)).view(num_heads, SLOTS, WIDTH)
+
+
+def resident_bytes(tensor: Tensor) -> int:
+    """Of the mappings that the tensor lies in."""
+    begin, total, inside = tensor.data_ptr(), 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        head = line.split(maxsplit=1)[0]
+        if "-" in head and ":" not in head:
+            first, last = (int(number, 16) for number in head.split("-"))
+            inside = first < begin + tensor.nbytes and last > begin
+        elif inside and head == "Rss:":
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def wait_for(tensor: Tensor, num_bytes: int) -> int:
+    deadline = time.monotonic() + 60
+    while (resident := resident_bytes(tensor)) < num_bytes and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)  # it would go on now
+    assert resident >= num_bytes
+    return resident_bytes(tensor)
+
+
+def test_pages_come_ahead_of_the_slots_in_use_and_content_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_touch, "LEAST_BYTES", 0)
+    monkeypatch.setattr(page_touch, "AHEAD_BYTES", 8 * PIECE_BYTES)
+    tensor = untouched(4)
+    tensor[2, 0, :5] = torch.arange(5, dtype=torch.uint8)
+    touch = PageTouch([tensor[:2], tensor[2:]])
+    slack = 6 * PIECE_BYTES  # pieces begin where huge pages need not
+    assert wait_for(tensor, 8 * PIECE_BYTES) <= 8 * PIECE_BYTES + slack
+    touch.follow(SLOTS // 2)
+    touch.follow(0)
+    assert wait_for(tensor, 40 * PIECE_BYTES) <= 40 * PIECE_BYTES + slack
+    touch.follow(SLOTS - 1)
+    wait_for(tensor, 64 * PIECE_BYTES)
+    touch.stop()
+    touch.stop()
+    assert tensor[2, 0, :6].tolist() == [0, 1, 2, 3, 4, 0]
+    assert int(tensor[:2].sum()) == 0
+
+
+def test_it_ends_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_touch, "LEAST_BYTES", 0)
+    monkeypatch.setattr(page_touch, "AHEAD_BYTES", PIECE_BYTES)
+    tensor = untouched(1)
+    touch = PageTouch([tensor])
+    wait_for(tensor, PIECE_BYTES)
+    touch.stop()
+
+
+def test_a_small_cache_is_left_alone() -> None:
+    tensor = untouched(1)
+    touch = PageTouch([tensor])
+    touch.follow(SLOTS - 1)
+    time.sleep(0.1)
+    assert resident_bytes(tensor) < PIECE_BYTES
+    touch.stop()
