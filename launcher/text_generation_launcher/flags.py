@@ -182,7 +182,8 @@ class Flags:
         number(
             "--max-inter-token-latency-ms",
             help="Cut prompts so that running streams wait no longer than this for a token, as far as decoding alone "
-            "leaves room; default: long prompts are cut so that it takes less than three times as long as without them.",
+            "leaves room; default: long prompts are cut so that it takes less than three times what it takes without "
+            "them.",
         ),
     ] = None
     max_client_batch_size: Annotated[
