@@ -148,7 +148,7 @@ def _shard(config: LauncherConfig, launch: Launch, rank: int) -> ProcessSpec:
         "TORCH_NCCL_AVOID_RECORD_STREAMS": "1",
         "CUDA_MEMORY_FRACTION": str(flags.cuda_memory_fraction),
         "PREFIX_CACHING": "1" if config.prefix_caching else "0",
-        "GLIBC_TUNABLES": _tunables(launch.environ),
+        "GLIBC_TUNABLES": malloc_tunables(launch.environ),
     }
     optional = {
         "MASTER_PORT": config.master_port,
@@ -191,7 +191,7 @@ def _present(variables: Mapping[str, object]) -> dict[str, str]:
     return {name: str(value) for name, value in variables.items() if value is not None}
 
 
-def _tunables(environ: Mapping[str, str]) -> str:
+def malloc_tunables(environ: Mapping[str, str]) -> str:
     """How a shard's C library hands out memory. What the user has set comes last, and wins.
 
     One arena, because one thread computes; activations of a step stay mapped for the next one, and large areas are

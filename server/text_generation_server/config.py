@@ -10,6 +10,8 @@ from pathlib import Path
 
 DEFAULT_BLOCK_SIZE = 16
 """Tokens of a block of KV cache."""
+DEFAULT_CONCURRENT_REQUESTS = 128
+"""The router's, for a shard that nobody told."""
 
 
 class ConfigError(ValueError):
@@ -53,7 +55,7 @@ class ShardConfig:
     max_batch_prefill_tokens: int | None = None
     max_batch_total_tokens: int | None = None
     max_batch_size: int | None = None
-    max_concurrent_requests: int = 128
+    max_concurrent_requests: int = DEFAULT_CONCURRENT_REQUESTS
     """These too: a shard for which they are too much says so before it loads."""
     cuda_graphs: tuple[int, ...] = CUDA_GRAPHS
     """Rows of the decode steps that are captured; without effect on a CPU."""
@@ -120,7 +122,7 @@ class PlanFlags:
     max_batch_prefill_tokens: int | None = None
     max_batch_total_tokens: int | None = None
     max_batch_size: int | None = None
-    max_concurrent_requests: int = 128
+    max_concurrent_requests: int = DEFAULT_CONCURRENT_REQUESTS
 
 
 def resolve(flags: ServeFlags, env: Mapping[str, str]) -> ShardConfig:
@@ -141,14 +143,14 @@ def resolve(flags: ServeFlags, env: Mapping[str, str]) -> ShardConfig:
         trust_remote_code=flags.trust_remote_code,
         uds_path=uds_path,
         attention=attention,
-        block_size=BLOCK_SIZES.get(attention or "", DEFAULT_BLOCK_SIZE),
+        block_size=_block_size(attention),
         prefill_logprobs=_boolean(env, "REQUEST_LOGPROBS", default=False),
         max_input_tokens=flags.max_input_tokens,
         max_total_tokens=_limit(env, "MAX_TOTAL_TOKENS"),
         max_batch_prefill_tokens=_limit(env, "MAX_BATCH_PREFILL_TOKENS"),
         max_batch_total_tokens=_limit(env, "MAX_BATCH_TOTAL_TOKENS"),
         max_batch_size=_limit(env, "MAX_BATCH_SIZE"),
-        max_concurrent_requests=_limit(env, "MAX_CONCURRENT_REQUESTS") or 128,
+        max_concurrent_requests=_limit(env, "MAX_CONCURRENT_REQUESTS") or DEFAULT_CONCURRENT_REQUESTS,
         cuda_graphs=_cuda_graphs(env),
         cuda_memory_fraction=_fraction(env, "CUDA_MEMORY_FRACTION"),
         swaps=_boolean(env, "TGI_SWAPS", default=True),
@@ -187,7 +189,7 @@ def resolve_plan(flags: PlanFlags, env: Mapping[str, str]) -> ShardConfig:
         trust_remote_code=flags.trust_remote_code,
         uds_path=Path(),
         attention=attention,
-        block_size=BLOCK_SIZES.get(attention or "", DEFAULT_BLOCK_SIZE),
+        block_size=_block_size(attention),
         prefill_logprobs=flags.enable_prefill_logprobs,
         max_input_tokens=flags.max_input_tokens,
         max_total_tokens=flags.max_total_tokens,
@@ -234,6 +236,10 @@ def _dtype(name: str | None) -> Dtype | None:
         return Dtype(name)
     except ValueError:
         raise ConfigError(f"`--dtype` must be one of {', '.join(Dtype)}, got {name}") from None
+
+
+def _block_size(attention: str | None) -> int:
+    return BLOCK_SIZES.get(attention or "", DEFAULT_BLOCK_SIZE)
 
 
 def _kv_cache_dtype(name: str | None) -> KvCacheDtype | None:

@@ -73,6 +73,18 @@ def command_line(argv: list[str]) -> str:
     return shlex.join(["python", f"tests/bench/{Path(script).name}", *shown])
 
 
+def heading(model: Path, measured: str, repetitions: int) -> list[str]:
+    """What stands above a table: the machine, the model, what was done, and the command that did it."""
+    machine = hardware()
+    return [
+        f"{machine['cpu']}, {machine['cores']} cores; {describe_model(model)}; {measured}; medians of {repetitions} "
+        "repetitions.",
+        "",
+        *("```", command_line(sys.argv), "```"),
+        "",
+    ]
+
+
 def visit(
     kind: ServerKind, server: Server, workload: Workload, model: Path, seed: int, started: float
 ) -> Iterator[Report]:

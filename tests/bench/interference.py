@@ -20,7 +20,7 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.compare import command_line, describe_model, hardware
+from bench.compare import heading
 from bench.load import prompts_of
 from bench.servers import KINDS, Places, end_cleanly_on_sigterm, running
 from text_generation_launcher.benchmark.apis import Api, Usage
@@ -125,13 +125,9 @@ def row(name: str, repetitions: list[Repetition]) -> str:
 
 
 def report(results: dict[str, list[Repetition]], setting: Setting, model: Path) -> list[str]:
-    machine = hardware()
+    measured = f"{setting.streams} streams, a prompt of {setting.long_tokens:,} tokens"
     return [
-        f"{machine['cpu']}, {machine['cores']} cores; {describe_model(model)}; {setting.streams} streams, a prompt of "
-        f"{setting.long_tokens:,} tokens; medians of {len(next(iter(results.values())))} repetitions.",
-        "",
-        *("```", command_line(sys.argv), "```"),
-        "",
+        *heading(model, measured, len(next(iter(results.values())))),
         "| server | quiet: ITL p50 ms | p99 | during the prefill: ITL p50 ms | p99 | p99 during / quiet "
         "| the prompt's TTFT, s |",
         "|---|---:|---:|---:|---:|---:|---:|",

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.compare import command_line, describe_model, hardware
+from bench.compare import heading
 from bench.load import prompts_of
 from bench.report import WrongLength
 from bench.servers import KINDS, Places, end_cleanly_on_sigterm, running
@@ -101,14 +101,12 @@ def rows(name: str, repetitions: list[list[list[float]]]) -> list[str]:
 
 
 def report(results: dict[str, list[list[list[float]]]], setting: Setting, model: Path) -> list[str]:
-    machine = hardware()
+    measured = (
+        f"{setting.requests} requests at once, {setting.prefix_tokens:,} tokens shared, {setting.tail_tokens} of their "
+        f"own, {setting.output_tokens} out"
+    )
     return [
-        f"{machine['cpu']}, {machine['cores']} cores; {describe_model(model)}; {setting.requests} requests at once, "
-        f"{setting.prefix_tokens:,} tokens shared, {setting.tail_tokens} of their own, {setting.output_tokens} out; "
-        f"medians of {len(next(iter(results.values())))} repetitions.",
-        "",
-        *("```", command_line(sys.argv), "```"),
-        "",
+        *heading(model, measured, len(next(iter(results.values())))),
         "| server | wave | TTFT p50 ms | mean | max | first wave's mean / this one's |",
         "|---|---:|---:|---:|---:|---:|",
         *(line for name, repetitions in results.items() for line in rows(name, repetitions)),

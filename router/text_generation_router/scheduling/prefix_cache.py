@@ -115,8 +115,8 @@ class PrefixTree:
             above.last_used = self._clock
             if above.parent is not None:
                 self.num_evictable += above.pins == 0
-            elif above.pins == 0 and not above.children:
-                del self._roots[above.key]
+            else:
+                self._drop_unused(above)
             above = above.parent
         self._enter(last)
 
@@ -134,8 +134,8 @@ class PrefixTree:
             blocks.append(node.block)
             self.num_blocks -= 1
             self.num_evictable -= 1
-            if parent.parent is None and parent.pins == 0 and not parent.children:
-                del self._roots[parent.key]
+            if parent.parent is None:
+                self._drop_unused(parent)
             self._enter(parent)
         return blocks
 
@@ -152,6 +152,11 @@ class PrefixTree:
         self._order.clear()
         self.num_blocks = self.num_evictable = 0
         return blocks
+
+    def _drop_unused(self, root: Node) -> None:
+        """Forget a salt that has no blocks, once nobody computes under it."""
+        if root.pins == 0 and not root.children:
+            del self._roots[root.key]
 
     def _pin_one(self, node: Node) -> None:
         self.num_evictable -= node.pins == 0

@@ -86,7 +86,7 @@ def _populate(address: int, num_bytes: int) -> bool:
     """Whether the system could: an older one does not know how, and then pages come as they are used."""
     page = os.sysconf("SC_PAGE_SIZE")
     begin = address // page * page
-    result: int = ctypes.CDLL(None, use_errno=True).madvise(
+    result: int = ctypes.CDLL(None).madvise(
         ctypes.c_void_p(begin), ctypes.c_size_t(address + num_bytes - begin), _POPULATE_WRITE
     )
     return result == 0
