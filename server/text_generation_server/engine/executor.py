@@ -21,6 +21,7 @@ from text_generation_server.generation.sampler import (
     Sampled,
     SamplingRow,
     TopCandidates,
+    prepare,
     read_top_tokens,
     sample,
 )
@@ -79,6 +80,7 @@ class StepExecutor:
         self._on_progress = on_progress
         self._suspect_blocks: list[int] = []
         """Blocks that sequences have left behind with what may be not-a-number; the next launch clears them."""
+        prepare(runner.info.vocab_size, runner.info.dtype, self._device)
 
     def launch(self, step: Step, previous: Launched | None = None) -> Launched:
         """Start a step; ``previous`` is the one before it if its results are not collected yet.
@@ -216,7 +218,7 @@ class StepExecutor:
         num_predicted = min(row.end, sequence.num_prompt_tokens - 1) - row.start
         targets = sequence.token_ids[row.start + 1 : row.start + 1 + num_predicted]
         targets_N = to_device(targets, torch.int64, self._device)
-        logprobs_NV = torch.log_softmax(logits_NV[:num_predicted], -1)
+        logprobs_NV = torch.log_softmax(logits_NV[:num_predicted], -1, dtype=torch.float32)
         first = sequence.next_prompt_logprob
         if first is None:
             first = torch.full((), math.nan, device=self._device)

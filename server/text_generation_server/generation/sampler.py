@@ -1,6 +1,7 @@
 """Logits -> token ids and logprobs, for the rows of a step that produce a token.
 
-A batch pays only for what its rows ask: all-greedy rows without penalties cost one maximum and one sum of exponentials.
+A batch pays only for what its rows ask: all-greedy rows without penalties cost one maximum and one sum of exponentials,
+taken from the logits as the model computed them.
 Nothing here waits for a GPU: how many operations there are, and their sizes, follow from what rows ask alone.
 
 Shape legend: S sampled rows, V vocabulary, N largest number of top tokens asked for, T tokens of the step.
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from text_generation_server.cpu_kernels.row_peaks import row_peaks, supports
 from text_generation_server.generation.logits_processors import (
     History,
     divide_by_temperature,
@@ -48,6 +50,11 @@ class SamplingRow:
     pending_index: int | None = None
     """Where in the step's input ids the last token of the history is, when ``known_ids`` lacks it."""
 
+    @property
+    def is_processed(self) -> bool:
+        """Whether more is wanted of its logits than the largest and their sum of exponentials."""
+        return self.parameters.do_sample or self.top_n_tokens > 0 or not self.parameters.is_neutral
+
 
 @dataclass(slots=True)
 class TopCandidates:
@@ -73,28 +80,37 @@ class Sampled:
 
 
 def sample(logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor | None = None) -> Sampled:
-    """Choose a token for each row; ``logits_SV`` (float32) is overwritten.
+    """Choose a token for each row. ``logits_SV``: of any floating dtype; float32 ones are overwritten.
 
     A row's token and logprob depend on its logits, parameters and key alone, never on the other rows.
     """
+    if any(row.is_processed for row in rows) or not _has_kernel(logits_SV):
+        logits_SV = logits_SV.float()
     finite_S = _process(logits_SV, rows, input_ids_T)
-    best_S, ids_S = logits_SV.max(-1)  # the first of equal values: the lowest id
-    weights_SV = torch.sub(logits_SV, best_S.unsqueeze(-1)).exp_()
+    best_S, ids_S, totals_S = row_peaks(logits_SV) if _has_kernel(logits_SV) else _peaks(logits_SV)
     drawn = [index for index, row in enumerate(rows) if row.parameters.do_sample]
     if drawn:
         uniforms = to_device(_uniforms([rows[index] for index in drawn]), torch.float64, logits_SV.device)
         if len(drawn) == len(rows):
-            ids_S = inverse_cdf(weights_SV, uniforms)
+            ids_S = inverse_cdf(_weights(logits_SV, best_S), uniforms)
         else:
             drawn_D = to_device(drawn, torch.int64, logits_SV.device)
-            ids_S[drawn_D] = inverse_cdf(weights_SV[drawn_D], uniforms)
-    log_totals_S = _totals(weights_SV).log()
+            ids_S[drawn_D] = inverse_cdf(_weights(logits_SV[drawn_D], best_S[drawn_D]), uniforms)
+    log_totals_S = totals_S.log()
     # NaN and infinities end up here whatever the row asked for.
     finite_S = finite_S & torch.isfinite(best_S) & torch.isfinite(log_totals_S)
-    chosen_S = logits_SV.gather(-1, ids_S.unsqueeze(-1)).squeeze(-1)
+    chosen_S = logits_SV.gather(-1, ids_S.unsqueeze(-1)).squeeze(-1).float()
     logprobs_S = ((chosen_S - best_S).double() - log_totals_S).float()
     top = _top_candidates(logits_SV, best_S, log_totals_S, rows)
     return Sampled(torch.where(finite_S, ids_S, -1), logprobs_S, top)
+
+
+def prepare(vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what `sample` will need for logits of that dtype: the first request would wait for it."""
+    if device.type == "cpu":
+        for each in {dtype, torch.float32}:
+            if supports(vocab_size, each):
+                row_peaks(torch.zeros((1, vocab_size), dtype=each))
 
 
 def inverse_cdf(weights_SV: Tensor, uniforms_S: Tensor) -> Tensor:
@@ -117,12 +133,25 @@ def inverse_cdf(weights_SV: Tensor, uniforms_S: Tensor) -> Tensor:
     return (block_S1 * _BLOCK + place_S1).squeeze(-1)
 
 
-def _totals(weights_SV: Tensor) -> Tensor:
-    """Float64 sum of each row, from float32 sums of its blocks: to convert every weight takes five times as long."""
+def _has_kernel(logits_SV: Tensor) -> bool:
+    return logits_SV.device.type == "cpu" and supports(logits_SV.shape[-1], logits_SV.dtype)
+
+
+def _peaks(logits_SV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `row_peaks` gives, in plain torch."""
+    best_S, ids_S = logits_SV.max(-1)  # the first of equal values: the lowest id
+    weights_SV = _weights(logits_SV, best_S)
+    # Float64 sums of float32 sums of blocks: to convert every weight takes five times as long.
     num_rows, vocab_size = weights_SV.shape
     whole = vocab_size // _BLOCK * _BLOCK
     blocks_SBC = weights_SV[:, :whole].reshape(num_rows, whole // _BLOCK, _BLOCK)
-    return blocks_SBC.sum(-1).sum(-1, dtype=torch.float64) + weights_SV[:, whole:].sum(-1, dtype=torch.float64)
+    totals_S = blocks_SBC.sum(-1).sum(-1, dtype=torch.float64) + weights_SV[:, whole:].sum(-1, dtype=torch.float64)
+    return best_S, ids_S, totals_S
+
+
+def _weights(logits_SV: Tensor, best_S: Tensor) -> Tensor:
+    """Probabilities, not normalised: 1 for the best."""
+    return torch.sub(logits_SV, best_S.unsqueeze(-1)).exp_()
 
 
 def _first_above(ends_SX: Tensor, targets_S1: Tensor) -> Tensor:

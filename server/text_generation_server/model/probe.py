@@ -182,7 +182,7 @@ def distance(forward: Callable[[ForwardInputs], Tensor], expected: Reference, *,
         except Exception as error:
             raise Unservable(f"{what} fails ({first_line(error)})") from error
         for row, count in zip(step, counts, strict=True):
-            rows[row.sequence.sequence_id].append(logits[:count])
+            rows[row.sequence.sequence_id].append(logits[:count].float())
             logits = logits[count:]
     errors = torch.cat([_row_errors(torch.cat(ours), own) for ours, own in zip(rows, expected.logits, strict=True)])
     # In a short float a near-tie in a router sends single tokens elsewhere; a real mismatch shows in most rows.

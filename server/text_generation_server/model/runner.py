@@ -49,5 +49,6 @@ class ModelRunner(Protocol):
     def forward(self, inputs: ForwardInputs) -> Tensor:
         """Run one step, writing its keys and values into the cache.
 
-        Returns: float32 logits [L, V] for the rows named by ``inputs.logits_indices_L``; the same on every rank.
+        Returns: logits [L, V] for the rows named by ``inputs.logits_indices_L``, in the dtype in which they were computed;
+        the same on every rank. Who asked may overwrite them.
         """

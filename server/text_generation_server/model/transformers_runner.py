@@ -128,7 +128,7 @@ class TransformersRunner:
 
     @torch.inference_mode()
     def compute(self, ids_T: Tensor, positions_T: Tensor, logits_indices_L: Tensor, plan: Any) -> Tensor:
-        """A step whose ``plan`` the back end has made; float32 logits [L, V].
+        """A step whose ``plan`` the back end has made; logits [L, V].
 
         On a GPU nothing in here waits for it, unless the model's own code does.
         """
@@ -146,4 +146,4 @@ class TransformersRunner:
         logits: Tensor = output.logits[0]
         if not self._keeps_logits:
             logits = logits[logits_indices_L]
-        return logits.float()
+        return logits
