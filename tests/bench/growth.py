@@ -28,7 +28,7 @@ import torch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
-from text_generation_launcher.plan import malloc_tunables
+from text_generation_launcher.plan import tunables
 from text_generation_proto.v1 import generate_pb2 as pb
 from text_generation_proto.v1.generate_pb2_grpc import TextGenerationStub
 
@@ -190,7 +190,7 @@ def shard_process(model: Path) -> Iterator[str]:
         socket = Path(folder) / "shard"
         process = subprocess.Popen(
             [command, "serve", str(model), "--dtype", "bfloat16", "--uds-path", str(socket)],
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "GLIBC_TUNABLES": malloc_tunables(os.environ)},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **tunables(os.environ)},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
