@@ -178,6 +178,13 @@ def test_a_shards_memory_is_tuned_and_what_the_user_sets_comes_last() -> None:
     assert made.router.env["GLIBC_TUNABLES"] == given
 
 
+def test_a_shards_threads_spin_for_a_short_while_unless_the_user_says_how_they_wait() -> None:
+    assert int(plan().shards[0].env["GOMP_SPINCOUNT"]) < 300_000
+    assert "GOMP_SPINCOUNT" not in plan().router.env
+    assert plan({"GOMP_SPINCOUNT": "7"}).shards[0].env["GOMP_SPINCOUNT"] == "7"
+    assert "GOMP_SPINCOUNT" not in plan({"OMP_WAIT_POLICY": "ACTIVE"}).shards[0].env
+
+
 def test_a_shard_knows_the_limits_that_decide_about_memory() -> None:
     env = plan(max_batch_prefill_tokens=7, max_total_tokens=5, max_batch_total_tokens=9).shards[0].env
     assert (env["MAX_BATCH_PREFILL_TOKENS"], env["MAX_TOTAL_TOKENS"], env["MAX_BATCH_TOTAL_TOKENS"]) == ("7", "5", "9")

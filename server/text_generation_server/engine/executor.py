@@ -80,7 +80,9 @@ class StepExecutor:
         self._on_progress = on_progress
         self._suspect_blocks: list[int] = []
         """Blocks that sequences have left behind with what may be not-a-number; the next launch clears them."""
-        prepare(runner.info.vocab_size, runner.info.dtype, self._device)
+        self._kernels = runner.info.has_cpu_kernels
+        if self._kernels:
+            prepare(runner.info.vocab_size, runner.info.dtype, self._device)
 
     def launch(self, step: Step, previous: Launched | None = None) -> Launched:
         """Start a step; ``previous`` is the one before it if its results are not collected yet.
@@ -194,7 +196,7 @@ class StepExecutor:
         launched.sampling.start()
         sampled: Sampled | None = None
         if self._is_leader:
-            sampled = sample(logits_SV, rows, input_ids_T)
+            sampled = sample(logits_SV, rows, input_ids_T, kernels=self._kernels)
             ids_S = sampled.ids_S
         else:
             ids_S = torch.empty(len(rows), dtype=torch.int64, device=self._device)

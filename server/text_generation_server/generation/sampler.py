@@ -79,15 +79,19 @@ class Sampled:
     top: TopCandidates | None
 
 
-def sample(logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor | None = None) -> Sampled:
+def sample(
+    logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor | None = None, *, kernels: bool = True
+) -> Sampled:
     """Choose a token for each row. ``logits_SV``: of any floating dtype; float32 ones are overwritten.
 
-    A row's token and logprob depend on its logits, parameters and key alone, never on the other rows.
+    A row's token and logprob depend on its logits, parameters and key alone, never on the other rows. ``kernels``:
+    whether those for the processor may be used.
     """
-    if any(row.is_processed for row in rows) or not _has_kernel(logits_SV):
+    kernels = kernels and _has_kernel(logits_SV)
+    if any(row.is_processed for row in rows) or not kernels:
         logits_SV = logits_SV.float()
     finite_S = _process(logits_SV, rows, input_ids_T)
-    best_S, ids_S, totals_S = row_peaks(logits_SV) if _has_kernel(logits_SV) else _peaks(logits_SV)
+    best_S, ids_S, totals_S = row_peaks(logits_SV) if kernels else _peaks(logits_SV)
     drawn = [index for index, row in enumerate(rows) if row.parameters.do_sample]
     if drawn:
         uniforms = to_device(_uniforms([rows[index] for index in drawn]), torch.float64, logits_SV.device)

@@ -30,6 +30,11 @@ class ModelInfo:
     kv_bytes_per_token: int
     """On this rank, all layers, keys and values."""
 
+    @property
+    def has_cpu_kernels(self) -> bool:
+        """Whether it computes with `cpu_kernels`; if not, they are not wanted or do not run here."""
+        return self.attention == "llvm"
+
 
 class ModelRunner(Protocol):
     """A loaded model on one rank."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -121,10 +122,9 @@ class TransformersRunner:
 
     @torch.inference_mode()
     def forward(self, inputs: ForwardInputs) -> Tensor:
-        if self._page_touch is not None:
-            self._page_touch.follow(int(inputs.slots_T.max()))
-        plan = self.backend.prepare(inputs)
-        return self.compute(inputs.input_ids_T, inputs.position_ids_T, inputs.logits_indices_L, plan)
+        with nullcontext() if self._page_touch is None else self._page_touch.step(int(inputs.slots_T.max())):
+            plan = self.backend.prepare(inputs)
+            return self.compute(inputs.input_ids_T, inputs.position_ids_T, inputs.logits_indices_L, plan)
 
     @torch.inference_mode()
     def compute(self, ids_T: Tensor, positions_T: Tensor, logits_indices_L: Tensor, plan: Any) -> Tensor:

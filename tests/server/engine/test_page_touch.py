@@ -44,18 +44,28 @@ def wait_for(tensor: Tensor, num_bytes: int) -> int:
     return resident_bytes(tensor)
 
 
-def test_pages_come_ahead_of_the_slots_in_use_and_content_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page_touch, "LEAST_BYTES", 0)
+    monkeypatch.setattr(page_touch, "SOON_BYTES", 4 * PIECE_BYTES)
     monkeypatch.setattr(page_touch, "AHEAD_BYTES", 8 * PIECE_BYTES)
+
+
+SLACK = 6 * PIECE_BYTES
+"""Pieces begin where huge pages need not."""
+
+
+def test_pages_come_ahead_of_the_slots_in_use_and_content_stays() -> None:
     tensor = untouched(4)
     tensor[2, 0, :5] = torch.arange(5, dtype=torch.uint8)
     touch = PageTouch([tensor[:2], tensor[2:]])
-    slack = 6 * PIECE_BYTES  # pieces begin where huge pages need not
-    assert wait_for(tensor, 8 * PIECE_BYTES) <= 8 * PIECE_BYTES + slack
-    touch.follow(SLOTS // 2)
-    touch.follow(0)
-    assert wait_for(tensor, 40 * PIECE_BYTES) <= 40 * PIECE_BYTES + slack
-    touch.follow(SLOTS - 1)
+    assert wait_for(tensor, 8 * PIECE_BYTES) <= 8 * PIECE_BYTES + SLACK
+    for slot in (SLOTS // 2, 0):
+        with touch.step(slot):
+            pass
+    assert wait_for(tensor, 40 * PIECE_BYTES) <= 40 * PIECE_BYTES + SLACK
+    with touch.step(SLOTS - 1):
+        pass
     wait_for(tensor, 64 * PIECE_BYTES)
     touch.stop()
     touch.stop()
@@ -63,19 +73,30 @@ def test_pages_come_ahead_of_the_slots_in_use_and_content_stays(monkeypatch: pyt
     assert int(tensor[:2].sum()) == 0
 
 
-def test_it_ends_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_touch, "LEAST_BYTES", 0)
-    monkeypatch.setattr(page_touch, "AHEAD_BYTES", PIECE_BYTES)
+def test_beside_a_step_only_what_is_needed_soon_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_touch, "IDLE_S", 0.05)
+    tensor = untouched(4)
+    touch = PageTouch([tensor])
+    with touch.step(SLOTS // 2):
+        assert wait_for(tensor, 36 * PIECE_BYTES) <= 36 * PIECE_BYTES + SLACK
+        time.sleep(4 * page_touch.IDLE_S)
+        assert resident_bytes(tensor) <= 36 * PIECE_BYTES + SLACK
+    wait_for(tensor, 40 * PIECE_BYTES)
+    touch.stop()
+
+
+def test_it_ends_while_it_waits() -> None:
     tensor = untouched(1)
     touch = PageTouch([tensor])
     wait_for(tensor, PIECE_BYTES)
     touch.stop()
 
 
-def test_a_small_cache_is_left_alone() -> None:
+def test_a_small_cache_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_touch, "LEAST_BYTES", 2**30)
     tensor = untouched(1)
     touch = PageTouch([tensor])
-    touch.follow(SLOTS - 1)
-    time.sleep(0.1)
+    with touch.step(SLOTS - 1):
+        time.sleep(0.1)
     assert resident_bytes(tensor) < PIECE_BYTES
     touch.stop()

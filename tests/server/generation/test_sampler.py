@@ -55,12 +55,13 @@ def test_greedy_takes_the_lowest_of_equal_best_ids_and_its_logprob() -> None:
     torch.testing.assert_close(sampled.logprobs_S, torch.log_softmax(logits, -1)[:, 30])
 
 
-def test_a_row_gets_the_same_token_alone_and_among_32() -> None:
+@pytest.mark.parametrize("vocab", [300, 304], ids=["by torch", "by a kernel"])
+def test_a_row_gets_the_same_token_alone_and_among_32(vocab: int) -> None:
     rows = [
         SamplingRow(with_seed(KINDS[index % len(KINDS)], 1000 + index), index, 2, array("q", [index, 5, 5, 9]))
         for index in range(32)
     ]
-    logits = random_logits(32)
+    logits = random_logits(32, vocab)
     together = sample(logits.clone(), rows)
     for index, row in enumerate(rows):
         alone = sample(logits[index : index + 1].clone(), [row])
@@ -88,11 +89,25 @@ def test_top_tokens_list_every_tie_at_the_last_place() -> None:
     assert logprobs == sorted(logprobs, reverse=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [300, 304])
+def test_a_greedy_row_beside_one_that_is_not_has_the_same_logprob(vocab: int, dtype: torch.dtype) -> None:
+    """Alone its logits are read as the model computed them, beside the other one they become float32."""
+    logits = random_logits(2, vocab).to(dtype)
+    alone = sample(logits[:1].clone(), [SamplingRow(GREEDY, 0)])
+    beside = sample(logits.clone(), [SamplingRow(GREEDY, 0), SamplingRow(KINDS[2], 0, 3)])
+    assert alone.ids_S.item() == beside.ids_S[0].item() == logits[0].argmax().item()
+    assert alone.logprobs_S.dtype == torch.float32
+    assert alone.logprobs_S.item() == beside.logprobs_S[0].item()
+    assert alone.logprobs_S.item() == pytest.approx(torch.log_softmax(logits[0].double(), -1).max().item(), abs=1e-5)
+
+
 @pytest.mark.parametrize("parameters", KINDS)
+@pytest.mark.parametrize("vocab", [300, 304], ids=["by torch", "by a kernel"])
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_row_that_is_not_finite_fails_alone(parameters: SamplingParameters, broken: float) -> None:
+def test_a_row_that_is_not_finite_fails_alone(parameters: SamplingParameters, vocab: int, broken: float) -> None:
     rows = [SamplingRow(parameters, 0, 1, array("q", [1, 2])) for _ in range(3)]
-    logits = random_logits(3)
+    logits = random_logits(3, vocab)
     sound = sample(logits.clone(), rows)
     logits[1, 17] = broken
     sampled = sample(logits.clone(), rows)
