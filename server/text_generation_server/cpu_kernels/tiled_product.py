@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import enum
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,8 +27,12 @@ ROWS_PER_UNIT = 128
 """Rows that a thread multiplies with a panel that it has once read. Measured for all products of a model of 135M
 parameters, processor time of one core: 128 rows take 42 ms in units of 64, 38 ms in units of 128; 512 rows take 117 ms
 in these, 133 ms in units of 256."""
-ROWS_BYTES = 2**20
-"""Of these rows, at most: they stay in the second cache while panel after panel is multiplied with them."""
+INPUTS_PER_CHUNK = 2048
+"""Inputs after which other rows and other outputs have their turn, where there are more than `PANEL` rows: with so many
+inputs at a time rows and weights fit the second cache together. Measured on 2 cores, 512 rows of 8,192 inputs, 2,048
+outputs: 8.7 ms, with chunks of 4,096 inputs 9.8, and 14.0 with fewer rows in a unit instead."""
+NEAR = 16 * STEP
+"""Inputs by which weights are asked for ahead, where they are used once: a whole panel would be too long before."""
 PANELS_PER_UNIT = 16
 LINES = 32
 """Of the cache, 64 bytes each, that a step of 32 inputs of a panel fills."""
@@ -73,7 +78,6 @@ class TiledProduct:
         self.bias_N = None if bias_N is None else bias_N.float().contiguous()
         self.kernel = _kernel(epilogue, self.bias_N is not None)
         self.num_panels = packed.numel() // num_inputs // PANEL
-        self.rows_per_unit = max(PANEL, min(ROWS_PER_UNIT, ROWS_BYTES // (2 * num_inputs) // PANEL * PANEL))
 
     def __call__(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """[..., K] -> [..., N], or half as many when gated; bfloat16. ``other`` has the result's shape."""
@@ -91,13 +95,10 @@ class TiledProduct:
     def _panels_per_unit(self, num_rows: int) -> int:
         """Few enough for all threads to be busy to the end: a thread takes several units, one after the other."""
         units = UNITS_PER_THREAD * torch.get_num_threads()
-        return max(1, min(PANELS_PER_UNIT, self.num_panels * self._num_parts(num_rows) // units))
-
-    def _num_parts(self, num_rows: int) -> int:
-        return -(-num_rows // self.rows_per_unit)
+        return max(1, min(PANELS_PER_UNIT, self.num_panels * _num_parts(num_rows) // units))
 
     def units(self, num_rows: int) -> int:
-        return self._num_parts(num_rows) * -(-self.num_panels // self._panels_per_unit(num_rows))
+        return _num_parts(num_rows) * -(-self.num_panels // self._panels_per_unit(num_rows))
 
     def arguments(self, num_rows: int, x: int, out: int, other: int = 0) -> tuple[int, ...]:
         """The kernel's, for rows at the address ``x``. ``other`` may be ``out``: then the product is added to it."""
@@ -114,8 +115,12 @@ class TiledProduct:
             self.units(num_rows),
             tiles.shapes(PANEL).data_ptr(),
             tiles.shapes(num_rows % PANEL or PANEL).data_ptr(),
-            self.rows_per_unit,
+            self.num_inputs if num_rows <= PANEL else min(self.num_inputs, INPUTS_PER_CHUNK),
         )
+
+
+def _num_parts(num_rows: int) -> int:
+    return -(-num_rows // ROWS_PER_UNIT)
 
 
 NUM_ARGUMENTS = 13
@@ -124,21 +129,48 @@ NUM_ARGUMENTS = 13
 @functools.cache
 def _kernel(epilogue: Epilogue, has_bias: bool) -> Kernel:
     code = new_code("tiled_product")
-    num_rows, num_panels, panels_per_unit, rows_per_unit = (code.arguments[number] for number in (6, 8, 9, 13))
+    num_rows, num_panels, panels_per_unit = (code.arguments[number] for number in (6, 8, 9))
     shapes_of_others = Tiles.save(code)
-    num_parts = (num_rows + (rows_per_unit - 1)) // rows_per_unit
+    num_parts = (num_rows + (ROWS_PER_UNIT - 1)) // ROWS_PER_UNIT
     with code.units(code.arguments[10]) as unit:
         first_panel = (unit // num_parts) * panels_per_unit
         stop_panel = code.smaller(first_panel + panels_per_unit, num_panels)
-        first_row = unit % num_parts * rows_per_unit
-        stop_row = code.smaller(first_row + rows_per_unit, num_rows)
+        first_row = unit % num_parts * ROWS_PER_UNIT
+        stop_row = code.smaller(first_row + ROWS_PER_UNIT, num_rows)
         _Unit(code, epilogue, first_panel, stop_panel, first_row, stop_row, has_bias=has_bias).multiply()
     Tiles.restore(code, shapes_of_others)
     return Kernel(code, num_arguments=NUM_ARGUMENTS)
 
 
+SUMS = 2 * PANEL * PANEL
+"""Behind so many results come the sums of blocks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Block:
+    """What is multiplied at once."""
+
+    row: Value
+    """The first of up to 32."""
+    panel: Value
+    first_input: Value
+    stop_input: Value
+    sums: Value
+    """Where among the results its sums over earlier chunks are."""
+    first_line: Value
+    """Of those of a step of weights that are asked for ahead meanwhile."""
+    num_lines: Value
+
+
+def _place(number: int) -> int:
+    """Where a tile of results begins in a block's."""
+    half, side = divmod(number, 2)
+    return (half * PANEL + side) * LANES
+
+
 class _Unit:
-    """The code of one unit: some panels, each with some blocks of 32 rows.
+    """The code of one unit: some panels, each with some blocks of 32 rows; all of them for one chunk of inputs, then for
+    the next.
 
     What becomes of a block's results is computed while the next block is multiplied: tiles are multiplied by a part of
     the core that vectors do not use. The weights of the next panel are asked for at the same time.
@@ -158,12 +190,12 @@ class _Unit:
         self.code, self.epilogue, self.has_bias = code, epilogue, has_bias
         self.first_panel, self.stop_panel, self.first_row, self.stop_row = first_panel, stop_panel, first_row, stop_row
         self.registers = Tiles(code)
-        self.num_inputs = code.arguments[7]
-        self.num_steps = self.num_inputs // STEP
+        self.num_inputs, self.inputs_per_chunk = code.arguments[7], code.arguments[13]
         self.rows, self.weights = code.tensor(1, torch.bfloat16), code.tensor(2, torch.bfloat16)
         self.width = code.arguments[8] * (LANES if epilogue is Epilogue.GATED else PANEL)
-        self.results = code.scratch(2 * PANEL * PANEL)
-        """Of the block that is multiplied, and of the one before it."""
+        self.results = code.scratch(SUMS + PANELS_PER_UNIT * ROWS_PER_UNIT * PANEL)
+        """Of the block that is multiplied, and of the one before it; behind them sums of all blocks over the chunks
+        there were."""
         nothing = code.integer(0)
         self.side = code.variable(nothing)
         """Which half of them comes next: 0, or where the second begins."""
@@ -178,51 +210,68 @@ class _Unit:
         self._shape(num_rows)
         # The last block may have fewer rows than those before it; changing the shape of tiles takes its time.
         changes = (num_rows > PANEL).both(num_rows % PANEL > 0)
+        chunks = code.loop((self.num_inputs + (self.inputs_per_chunk - 1)) // self.inputs_per_chunk)
         panels, blocks = code.loop(self.stop_panel, self.first_panel), code.loop(self.stop_row, self.first_row, PANEL)
-        with panels as panel, blocks as row:
+        with chunks as chunk, panels as panel, blocks as row:
             left = self.stop_row - row
             with code.when(changes):
                 self._shape(left)
-            line = (row - self.first_row) // PANEL * lines_per_block
-            stop_line = code.smaller(line + lines_per_block, code.integer(LINES))
+            block = _Block(
+                row=row,
+                panel=panel,
+                first_input=chunk * self.inputs_per_chunk,
+                stop_input=code.smaller((chunk + 1) * self.inputs_per_chunk, self.num_inputs),
+                sums=SUMS + ((panel - self.first_panel) * num_blocks + (row - self.first_row) // PANEL) * PANEL * PANEL,
+                first_line=(row - self.first_row) // PANEL * lines_per_block,
+                num_lines=lines_per_block,
+            )
             for halves in (1, 2):
                 with code.when(left > LANES if halves == 2 else left < LANES + 1):
-                    self._multiply_tiles(row, panel, halves, line, stop_line)
-            self.done_row.set(row)
-            self.done_panel.set(panel)
-            self.num_done.set(code.smaller(left, code.integer(PANEL)))
-            self.side.set(PANEL * PANEL - self.side.get())
+                    self._multiply_tiles(block, halves)
+            with code.when(block.stop_input.equals(self.num_inputs)):
+                self.done_row.set(row)
+                self.done_panel.set(panel)
+                self.num_done.set(code.smaller(left, code.integer(PANEL)))
+                self.side.set(PANEL * PANEL - self.side.get())
         self._finish(code.integer(0), self.num_done.get())
 
     def _shape(self, num_rows: Value) -> None:
         """As high as there are rows, for a block that is not full."""
         self.registers.shape(self.code.choose(num_rows >= PANEL, self.code.arguments[11], self.code.arguments[12]))
 
-    def _multiply_tiles(self, row: Value, panel: Value, halves: int, line: Value, stop_line: Value) -> None:
-        """16 rows, or 32, with a panel."""
-        code, registers = self.code, self.registers
-        rows_per_step = (self.num_steps + (PANEL - 1)) // self.num_steps  # so that all are done in time
-        num_done = self.num_done.get()
-        ahead = self.weights + (code.smaller(panel + 1, self.stop_panel - 1) * self.num_inputs) * PANEL
-        for number in range(2 * halves):
-            registers.zero(number)
-        with code.loop(self.num_steps) as step:
-            rows = self.rows + (row * self.num_inputs + step * STEP)
-            weights = self.weights + (panel * self.num_inputs + step * STEP) * PANEL
+    def _multiply_tiles(self, block: _Block, halves: int) -> None:
+        """16 rows, or 32, with a chunk of a panel."""
+        code, registers, num_inputs = self.code, self.registers, self.num_inputs
+        num_steps, num_done = (block.stop_input - block.first_input) // STEP, self.num_done.get()
+        rows_per_step = (num_steps + (PANEL - 1)) // num_steps  # so that all are done in time
+        with code.when(block.first_input.equals(0)):
+            for number in range(2 * halves):
+                registers.zero(number)
+        with code.when(block.first_input > 0):
+            for number in range(2 * halves):
+                registers.load(number, self.results + (block.sums + _place(number)), 4 * PANEL)
+        stop_line = code.smaller(block.first_line + block.num_lines, code.integer(LINES))
+        begin, end = block.panel * num_inputs, self.stop_panel * num_inputs
+        is_alone = self.stop_row - self.first_row < PANEL + 1
+        next_panel = code.smaller(block.panel + 1, self.stop_panel - 1) * num_inputs
+        with code.loop(block.stop_input, block.first_input, STEP) as place:
+            rows = self.rows + (block.row * num_inputs + place)
+            weights = self.weights + (begin + place) * PANEL
             for side in range(2):
                 registers.load(6 + side, weights + side * (STEP * LANES), 2 * STEP)
             for half in range(halves):
-                registers.load(4 + half, rows + self.num_inputs * (half * LANES), self.num_inputs * 2)
+                registers.load(4 + half, rows + num_inputs * (half * LANES), num_inputs * 2)
                 for side in range(2):
                     registers.multiply(2 * half + side, 4 + half, 6 + side)
-            with code.loop(stop_line, line) as each:
-                ahead.prefetch(step * (STEP * PANEL) + each * STEP)
-            first = step * rows_per_step
+            near = code.smaller(begin + place + NEAR, end - STEP)
+            ahead = self.weights + code.choose(is_alone, near, next_panel + place) * PANEL
+            with code.loop(stop_line, block.first_line) as line:
+                ahead.prefetch(line * STEP)
+            first = (place - block.first_input) // STEP * rows_per_step
             self._finish(first, code.smaller(first + rows_per_step, num_done))
-        results = self.results + self.side.get()
+        results = self.results + code.choose(block.stop_input.equals(num_inputs), self.side.get(), block.sums)
         for number in range(2 * halves):
-            half, side = divmod(number, 2)
-            registers.store(number, results + (half * PANEL + side) * LANES, 4 * PANEL)
+            registers.store(number, results + _place(number), 4 * PANEL)
 
     def _finish(self, first: Value, stop: Value) -> None:
         """Store what becomes of the results that wait, from one of their rows up to another."""

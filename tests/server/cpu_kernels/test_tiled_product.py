@@ -10,6 +10,7 @@ from llvmlite import ir
 from text_generation_server.cpu_kernels import compiler, tiled_product, tiles
 from text_generation_server.cpu_kernels.compiler import Kernel, Sequence
 from text_generation_server.cpu_kernels.tiled_product import (
+    INPUTS_PER_CHUNK,
     PANEL,
     ROWS_PER_UNIT,
     Epilogue,
@@ -144,11 +145,12 @@ def test_a_unit_has_any_number_of_panels(
 
 
 @needs_tiles
-@pytest.mark.parametrize(("num_inputs", "rows_per_unit"), [(4096, 128), (8192, 64), (16384, 32), (32768, 32)])
-def test_of_long_rows_a_unit_has_fewer(num_inputs: int, rows_per_unit: int) -> None:
+@pytest.mark.parametrize("rows", [1, 32, 33, 64, 150])
+@pytest.mark.parametrize("num_inputs", [INPUTS_PER_CHUNK - 32, INPUTS_PER_CHUNK + 32, 8192, 3 * INPUTS_PER_CHUNK + 96])
+@pytest.mark.parametrize("epilogue", Epilogue)
+def test_many_inputs_come_in_chunks(epilogue: Epilogue, num_inputs: int, rows: int) -> None:
     torch.manual_seed(1)
-    assert weights(96, num_inputs).product(Epilogue.NONE).rows_per_unit == rows_per_unit
-    weights(96, num_inputs).check(150, Epilogue.NONE)
+    weights(96, num_inputs).check(rows, epilogue)
 
 
 @needs_tiles
@@ -198,11 +200,12 @@ def test_rows_need_not_lie_together() -> None:
 
 
 @needs_tiles
+@pytest.mark.parametrize("num_inputs", [96, 2 * INPUTS_PER_CHUNK], ids=["at once", "in chunks"])
 @pytest.mark.parametrize("epilogue", Epilogue)
-def test_a_row_has_the_same_result_alone_and_among_others(epilogue: Epilogue) -> None:
+def test_a_row_has_the_same_result_alone_and_among_others(epilogue: Epilogue, num_inputs: int) -> None:
     torch.manual_seed(1)
-    product = weights(64, 96).product(epilogue)
-    x = torch.randn(70, 96).bfloat16()
+    product = weights(64, num_inputs).product(epilogue)
+    x = torch.randn(70, num_inputs).bfloat16()
     other = torch.randn(70, 64).bfloat16() if epilogue is Epilogue.ADD else None
     together = product(x, other)
     for rows in (1, 7, 16, 17, 31, 32, 33, 69):
