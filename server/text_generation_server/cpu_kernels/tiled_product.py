@@ -169,8 +169,7 @@ def _place(number: int) -> int:
 
 
 class _Unit:
-    """The code of one unit: some panels, each with some blocks of 32 rows; all of them for one chunk of inputs, then for
-    the next.
+    """The code of a unit: some panels, each with some blocks of 32 rows, all for a chunk of inputs, then for the next.
 
     What becomes of a block's results is computed while the next block is multiplied: tiles are multiplied by a part of
     the core that vectors do not use. The weights of the next panel are asked for at the same time.

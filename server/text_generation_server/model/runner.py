@@ -54,6 +54,6 @@ class ModelRunner(Protocol):
     def forward(self, inputs: ForwardInputs) -> Tensor:
         """Run one step, writing its keys and values into the cache.
 
-        Returns: logits [L, V] for the rows named by ``inputs.logits_indices_L``, in the dtype in which they were computed;
-        the same on every rank. Who asked may overwrite them.
+        Returns: logits [L, V] for the rows named by ``inputs.logits_indices_L``, in the dtype in which they were
+        computed; the same on every rank. Who asked may overwrite them.
         """
