@@ -118,7 +118,7 @@ class GraphedRunner:
         if max_tokens < 2:
             return
         inputs = _second_tokens(graph.size, self.runner.block_size, self.info.device)
-        plain = self.runner.forward(inputs)
+        plain = self.runner.forward(inputs).float()
         ours = graph.run(inputs)
         assert ours is not None
         error = (ours - plain).norm() / plain.norm()

@@ -81,8 +81,8 @@ class StepExecutor:
         self._suspect_blocks: list[int] = []
         """Blocks that sequences have left behind with what may be not-a-number; the next launch clears them."""
         self._kernels = runner.info.has_cpu_kernels
-        if self._kernels:
-            prepare(runner.info.vocab_size, runner.info.dtype, self._device)
+        if self._kernels and is_leader:
+            prepare(runner.info.vocab_size, runner.info.dtype)
 
     def launch(self, step: Step, previous: Launched | None = None) -> Launched:
         """Start a step; ``previous`` is the one before it if its results are not collected yet.

@@ -1,8 +1,8 @@
 """Logits -> token ids and logprobs, for the rows of a step that produce a token.
 
 A batch pays only for what its rows ask: all-greedy rows without penalties cost one maximum and one sum of exponentials,
-taken from the logits as the model computed them.
-Nothing here waits for a GPU: how many operations there are, and their sizes, follow from what rows ask alone.
+taken from the logits as the model computed them. Nothing here waits for a GPU: how many operations there are, and their
+sizes, follow from what rows ask alone.
 
 Shape legend: S sampled rows, V vocabulary, N largest number of top tokens asked for, T tokens of the step.
 """
@@ -91,15 +91,19 @@ def sample(
     if any(row.is_processed for row in rows) or not kernels:
         logits_SV = logits_SV.float()
     finite_S = _process(logits_SV, rows, input_ids_T)
-    best_S, ids_S, totals_S = row_peaks(logits_SV) if kernels else _peaks(logits_SV)
+    weights_SV: Tensor | None = None
+    if kernels:
+        best_S, ids_S, totals_S = row_peaks(logits_SV)
+    else:
+        best_S, ids_S = logits_SV.max(-1)  # the first of equal values: the lowest id
+        weights_SV = _weights(logits_SV, best_S)
+        totals_S = _totals(weights_SV)
     drawn = [index for index, row in enumerate(rows) if row.parameters.do_sample]
     if drawn:
         uniforms = to_device(_uniforms([rows[index] for index in drawn]), torch.float64, logits_SV.device)
-        if len(drawn) == len(rows):
-            ids_S = inverse_cdf(_weights(logits_SV, best_S), uniforms)
-        else:
-            drawn_D = to_device(drawn, torch.int64, logits_SV.device)
-            ids_S[drawn_D] = inverse_cdf(_weights(logits_SV[drawn_D], best_S[drawn_D]), uniforms)
+        which = slice(None) if len(drawn) == len(rows) else to_device(drawn, torch.int64, logits_SV.device)
+        weights_DV = _weights(logits_SV[which], best_S[which]) if weights_SV is None else weights_SV[which]
+        ids_S[which] = inverse_cdf(weights_DV, uniforms)
     log_totals_S = totals_S.log()
     # NaN and infinities end up here whatever the row asked for.
     finite_S = finite_S & torch.isfinite(best_S) & torch.isfinite(log_totals_S)
@@ -109,12 +113,11 @@ def sample(
     return Sampled(torch.where(finite_S, ids_S, -1), logprobs_S, top)
 
 
-def prepare(vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Compile what `sample` will need for logits of that dtype: the first request would wait for it."""
-    if device.type == "cpu":
-        for each in {dtype, torch.float32}:
-            if supports(vocab_size, each):
-                row_peaks(torch.zeros((1, vocab_size), dtype=each))
+def prepare(vocab_size: int, dtype: torch.dtype) -> None:
+    """Compile the kernels of `sample` for logits of that dtype: the first request would wait for them."""
+    for each in {dtype, torch.float32}:
+        if supports(vocab_size, each):
+            row_peaks(torch.zeros((1, vocab_size), dtype=each))
 
 
 def inverse_cdf(weights_SV: Tensor, uniforms_S: Tensor) -> Tensor:
@@ -141,16 +144,12 @@ def _has_kernel(logits_SV: Tensor) -> bool:
     return logits_SV.device.type == "cpu" and supports(logits_SV.shape[-1], logits_SV.dtype)
 
 
-def _peaks(logits_SV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `row_peaks` gives, in plain torch."""
-    best_S, ids_S = logits_SV.max(-1)  # the first of equal values: the lowest id
-    weights_SV = _weights(logits_SV, best_S)
-    # Float64 sums of float32 sums of blocks: to convert every weight takes five times as long.
+def _totals(weights_SV: Tensor) -> Tensor:
+    """Float64 sum of each row, from float32 sums of its blocks: to convert every weight takes five times as long."""
     num_rows, vocab_size = weights_SV.shape
     whole = vocab_size // _BLOCK * _BLOCK
     blocks_SBC = weights_SV[:, :whole].reshape(num_rows, whole // _BLOCK, _BLOCK)
-    totals_S = blocks_SBC.sum(-1).sum(-1, dtype=torch.float64) + weights_SV[:, whole:].sum(-1, dtype=torch.float64)
-    return best_S, ids_S, totals_S
+    return blocks_SBC.sum(-1).sum(-1, dtype=torch.float64) + weights_SV[:, whole:].sum(-1, dtype=torch.float64)
 
 
 def _weights(logits_SV: Tensor, best_S: Tensor) -> Tensor:
