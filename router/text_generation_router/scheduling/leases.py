@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from text_generation_router.scheduling.blocks import BlockAllocator
 from text_generation_router.scheduling.prefix_cache import Node, PrefixTree
@@ -20,9 +20,12 @@ class Lease:
     own: set[int]
     """Blocks of the table that are its alone; the cache owns the others, and keeps them as long as it is needed."""
     last: Node | None = None
-    """The deepest node of the cache on its path; None without a cache."""
+    """The deepest node of the cache that it reads; None without a cache. It keeps no block there that it does not."""
     num_entered: int = 0
-    """Leading blocks whose tokens are in the cache, in these blocks or in others."""
+    """Leading blocks that are in the cache, or in ``later``."""
+    later: list[tuple[bytes, int]] = field(default_factory=list)
+    """Tokens and blocks that enter the cache at the end: it has the first of them from another sequence that computed
+    the same at the same time, and to enter the others would keep that one's blocks although nobody reads them."""
 
 
 class Leases:
@@ -96,12 +99,13 @@ class Leases:
         if self._tree is None or lease.last is None or stop <= lease.num_entered:
             return
         keys = self._tree.keys(token_ids, lease.num_entered, stop)
-        lease.last, taken = self._tree.extend(lease.last, keys, lease.table[lease.num_entered : stop])
-        lease.own.difference_update(taken)
+        lease.later += zip(keys, lease.table[lease.num_entered : stop], strict=True)
         lease.num_entered = stop
+        self._enter(lease, past_known=False)
 
     def give_back(self, lease: Lease) -> None:
         """End a lease; twice is harmless."""
+        self._enter(lease, past_known=True)
         self._unpin(lease)
         self._blocks.free(lease.own)
         lease.own = set()
@@ -111,6 +115,15 @@ class Leases:
         """Empty the cache: what the blocks held is no more. Leases have to be given back first."""
         if self._tree is not None:
             self._blocks.free(self._tree.clear())
+
+    def _enter(self, lease: Lease, *, past_known: bool) -> None:
+        if self._tree is None or lease.last is None or not lease.later:
+            return
+        keys, blocks = zip(*lease.later, strict=True)
+        lease.last, taken = self._tree.extend(lease.last, keys, blocks, past_known=past_known)
+        lease.own.difference_update(taken)
+        # Without ``past_known`` it takes leading ones; with it, the lease is at its end.
+        del lease.later[: len(taken)]
 
     def _unpin(self, lease: Lease) -> None:
         if self._tree is not None and lease.last is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 _MOST_STALE = 1024
 """Entries of the eviction order that may be out of date, beside one for each node, before they are sorted out."""
@@ -86,11 +86,15 @@ class PrefixTree:
             blocks.append(node.block)
         return node, blocks
 
-    def extend(self, node: Node, keys: Iterator[bytes], blocks: Sequence[int]) -> tuple[Node, list[int]]:
+    def extend(
+        self, node: Node, keys: Iterable[bytes], blocks: Sequence[int], *, past_known: bool
+    ) -> tuple[Node, list[int]]:
         """Enter the blocks that follow a pinned node, and pin them in its place.
 
-        Returns: the last node, and those of ``blocks`` that the tree owns now. It has the others' tokens already, in
-        blocks of its own.
+        Where the tree has a block's tokens already, in a block of its own, entering ends, or goes on below that one if
+        ``past_known``: pinned too then, for the sake of what follows it.
+
+        Returns: the last node, and those of ``blocks`` that the tree owns now.
         """
         taken: list[int] = []
         for key, block in zip(keys, blocks, strict=True):
@@ -100,8 +104,10 @@ class PrefixTree:
                 child.pins = 1
                 self.num_blocks += 1
                 taken.append(block)
-            else:
+            elif past_known:
                 self._pin_one(child)
+            else:
+                break
             node = child
         return node, taken
 

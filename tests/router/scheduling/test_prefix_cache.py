@@ -14,7 +14,7 @@ def enter(tree: PrefixTree, token_ids: Sequence[int], blocks: Sequence[int], sal
     """Enter whole blocks and let go of them at once; returns those that the tree took."""
     node, known = tree.pin(salt, token_ids, len(blocks))
     keys = tree.keys(token_ids, len(known), len(blocks))
-    node, taken = tree.extend(node, keys, blocks[len(known) :])
+    node, taken = tree.extend(node, keys, blocks[len(known) :], past_known=True)
     tree.unpin(node)
     return taken
 
@@ -54,9 +54,11 @@ def test_what_is_known_already_is_not_taken_again() -> None:
     tree = PrefixTree(SIZE)
     first, _ = tree.pin(SALT, range(12), 2)
     second, _ = tree.pin(SALT, range(12), 2)
-    first, taken = tree.extend(first, tree.keys(range(12), 0, 2), [1, 2])
+    first, taken = tree.extend(first, tree.keys(range(12), 0, 2), [1, 2], past_known=False)
     assert taken == [1, 2]
-    second, taken = tree.extend(second, tree.keys(range(12), 0, 3), [5, 6, 7])
+    second, taken = tree.extend(second, tree.keys(range(12), 0, 3), [5, 6, 7], past_known=False)
+    assert taken == []
+    second, taken = tree.extend(second, tree.keys(range(12), 0, 3), [5, 6, 7], past_known=True)
     assert taken == [7]
     assert find(tree, range(12)) == [1, 2, 7]
     tree.unpin(first)

@@ -4,7 +4,7 @@ from collections import deque
 
 import pytest
 from builders import queued
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from text_generation_router.scheduling.blocks import BlockAllocator
 from text_generation_router.scheduling.budget import BatchLimits
@@ -181,6 +181,16 @@ class ObedientShard:
     cancels=st.sets(st.integers(0, 11), max_size=3),
     caching=st.booleans(),
     results_at_once=st.lists(st.integers(1, 2), min_size=1, max_size=7),
+)
+# The second computes what the first does too, and needs every block there is.
+@example(
+    requests=[(12, 1, 0), (22, 20, 0)],
+    num_blocks=13,
+    prefill=1,
+    batch_size=None,
+    cancels=set(),
+    caching=True,
+    results_at_once=[1],
 )
 def test_every_request_gets_exactly_its_tokens(
     requests: list[tuple[int, int, int]],

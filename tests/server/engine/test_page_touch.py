@@ -1,10 +1,10 @@
 from __future__ import annotations
 
+import ctypes
+import mmap
 import platform
 import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from text_generation_server.engine import page_touch
@@ -19,20 +19,19 @@ SLOTS = 16 * PIECE_BYTES // WIDTH
 
 
 def untouched(num_heads: int) -> Tensor:
-    return torch.from_numpy(np.zeros(num_heads * SLOTS * WIDTH, dtype=np.uint8)).view(num_heads, SLOTS, WIDTH)
+    memory = mmap.mmap(-1, num_heads * SLOTS * WIDTH, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(num_heads, SLOTS, WIDTH)
 
 
 def resident_bytes(tensor: Tensor) -> int:
-    """Of the mappings that the tensor lies in."""
-    begin, total, inside = tensor.data_ptr(), 0, False
-    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
-        head = line.split(maxsplit=1)[0]
-        if "-" in head and ":" not in head:
-            first, last = (int(number, 16) for number in head.split("-"))
-            inside = first < begin + tensor.nbytes and last > begin
-        elif inside and head == "Rss:":
-            total += int(line.split()[1]) * 1024
-    return total
+    """Of the tensor alone: its mapping may be one with memory beside it."""
+    num_pages = tensor.nbytes // mmap.PAGESIZE
+    states = (ctypes.c_ubyte * num_pages)()
+    failed = ctypes.CDLL(None, use_errno=True).mincore(
+        ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), states
+    )
+    assert failed == 0, ctypes.get_errno()
+    return sum(state & 1 for state in states) * mmap.PAGESIZE
 
 
 def wait_for(tensor: Tensor, num_bytes: int) -> int:
