@@ -21,6 +21,7 @@ from text_generation_router.inference import Inference
 from text_generation_router.listening import HttpServer, bind
 from text_generation_router.metrics import Metrics
 from text_generation_router.scheduling.batcher import Batcher
+from text_generation_router.scheduling.door import Door
 from text_generation_router.scheduling.requests import (
     Finished,
     FinishReason,
@@ -95,6 +96,7 @@ class ScriptedBatcher:
     running: list[QueuedRequest] = field(default_factory=list)
     """Every request that was enqueued and not cancelled; `Generation` cancels all of them when it is left."""
     seen: list[QueuedRequest] = field(default_factory=list)
+    door: Door = field(default_factory=lambda: Door(lambda: None))
 
     def enqueue(self, queued: QueuedRequest) -> None:
         self.running.append(queued)

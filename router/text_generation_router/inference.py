@@ -197,7 +197,8 @@ class Inference:
         try:
             started = time.perf_counter()
             checked = check_parameters(request, self.limits)
-            encoding = await self._tokenizer.encode(checked.inputs, checked.add_special_tokens)
+            with self._batcher.door.entering():
+                encoding = await self._tokenizer.encode(checked.inputs, checked.add_special_tokens)
             seed = checked.seed if checked.seed is not None else secrets.randbits(64)
             valid = build_request(checked, encoding.ids, self.limits, seed=seed, caller=caller)
             validation_s = time.perf_counter() - started

@@ -15,6 +15,7 @@ from text_generation_router.errors import GenerationFailed, InternalError, Route
 from text_generation_router.metrics import Metrics
 from text_generation_router.scheduling.answers import Answer, start_answer
 from text_generation_router.scheduling.costs import StepWork
+from text_generation_router.scheduling.door import Door
 from text_generation_router.scheduling.messages import step_request
 from text_generation_router.scheduling.requests import QueuedRequest
 from text_generation_router.scheduling.steps import RunningSequence, StepPlan, StepScheduler
@@ -65,6 +66,8 @@ class Batcher:
         self._unreachable = False
         self._closed = False
         self._wake = asyncio.Event()
+        self.door = Door(self._wake.set)
+        """For those who are about to call `enqueue`."""
         shards.on_result = self._on_result
         shards.on_failure = self._on_failure
         metrics.batch_max_total_tokens.set(scheduler.leases.num_blocks * scheduler.leases.block_size)
@@ -126,6 +129,8 @@ class Batcher:
 
     async def _dispatch(self) -> None:
         while self._failure is None and self._shards.num_in_flight < MAX_STEPS_IN_FLIGHT:
+            if self._waits_for_others():
+                return
             # What came while the last step was sent is not applied yet: clients get the tokens of both in one turn.
             plan = self._scheduler.plan(num_in_flight=self._shards.num_in_flight + len(self._results))
             if plan is None:
@@ -141,6 +146,20 @@ class Batcher:
             step_id = await self._shards.send(step_request(plan, prefill_logprobs=self._shards.info.prefill_logprobs))
             if plan.chunks or plan.decodes:
                 self._sent[step_id] = _SentStep(now, plan.work, follows)
+
+    def _waits_for_others(self) -> bool:
+        """Whether the next step is better planned a little later; the loop is woken then."""
+        idle_since = None
+        if not self._shards.num_in_flight:
+            first = self._scheduler.waiting.first()
+            if first is None or self._scheduler.running:
+                return False
+            idle_since = first.enqueued_at
+        wait_s = self.door.wait_s(time.perf_counter(), idle_since=idle_since)
+        if wait_s <= 0:
+            return False
+        asyncio.get_running_loop().call_later(wait_s, self._wake.set)
+        return True
 
     def _on_result(self, result: StepResult) -> None:
         self._results.append(result)

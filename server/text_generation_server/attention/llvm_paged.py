@@ -17,7 +17,6 @@ from text_generation_server.attention.torch_paged import Plan as TorchPlan
 from text_generation_server.attention.torch_paged import TorchPaged, first_seen
 from text_generation_server.cpu_kernels import cache_write, compiler, decode_attention, prefill_attention
 from text_generation_server.cpu_kernels.decode_attention import DecodeAttention, Rows, Shape
-from text_generation_server.cpu_kernels.language import LANES
 from text_generation_server.cpu_kernels.prefill_attention import Chunks, PrefillAttention
 from text_generation_server.engine.inputs import ForwardInputs
 
@@ -31,8 +30,8 @@ class Plan:
     slots_T: Tensor
     rows: dict[tuple[int, int], Rows]
     """By window and chunk."""
-    chunks: dict[tuple[int, int], Chunks]
-    """The same of prompt chunks."""
+    chunks: dict[int, Chunks]
+    """Prompt chunks, by the number of query heads that share a key/value head."""
     torch_plan: TorchPlan | None
     """Of prompt chunks where there is no kernel for them."""
 
@@ -74,6 +73,7 @@ class LlvmPaged:
         self.block_size = block_size
         self.dtype = dtype
         self._sights = sorted({(layer.window, layer.chunk) for layer in layers})
+        self._groups = sorted({layer.query_heads // layer.kv_heads for layer in layers})
         has_kernel = all(
             prefill_attention.supports(
                 layer.query_heads // layer.kv_heads, layer.key_dim, layer.value_dim, block_size, dtype
@@ -100,22 +100,18 @@ class LlvmPaged:
             if self._torch is not None:
                 plan.torch_plan = self._torch.prepare(chunks)
             else:
-                plan.chunks = {sight: self._plan_chunks(chunks, *sight) for sight in self._sights}
+                plan.chunks = {
+                    group: prefill_attention.plan_chunks(
+                        chunks.block_tables, chunks.query_lens, chunks.context_lens, self.block_size, group
+                    )
+                    for group in self._groups
+                }
         return plan
 
     def _rows(self, inputs: ForwardInputs, window: int, chunk: int) -> Rows:
         stops = inputs.context_lens[: inputs.num_decode_rows]
         firsts = [first_seen(stop - 1, window, chunk) for stop in stops]
         return decode_attention.plan_rows(inputs.block_tables[: len(stops)], firsts, stops, self.block_size)
-
-    def _plan_chunks(self, inputs: ForwardInputs, window: int, chunk: int) -> Chunks:
-        firsts = [
-            [first_seen(position, window, chunk) for position in range(context - count, context, LANES)]
-            for count, context in zip(inputs.query_lens, inputs.context_lens, strict=True)
-        ]
-        return prefill_attention.plan_chunks(
-            inputs.block_tables, inputs.query_lens, inputs.context_lens, firsts, self.block_size
-        )
 
     def attend(
         self,
@@ -158,7 +154,12 @@ class LlvmPaged:
             cache_write.write(value_KTE[:, rows:], cache.values_KSE, plan.slots_T[rows:])
             assert kernels.prefill is not None
             kernels.prefill(
-                plan.chunks[sight], query_HTD[:, rows:], cache.keys_KSD, cache.values_KSE, out_THE[rows:], sinks_H
+                plan.chunks[layer.query_heads // layer.kv_heads],
+                query_HTD[:, rows:],
+                cache.keys_KSD,
+                cache.values_KSE,
+                out_THE[rows:],
+                sinks_H,
             )
         return out_THE.to(dtype)
 

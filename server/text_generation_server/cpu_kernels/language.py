@@ -206,11 +206,6 @@ class Pointer:
     def put_bits(self, index: Value | int, value: Value) -> None:
         self.code.builder.store(value.ir, self._at(index), align=2)
 
-    def halves(self, index: Value | int) -> Value:
-        """16 bfloat16 numbers as they are stored, in the lower halves of lanes."""
-        loaded = self.code.builder.load(self._at(index), align=2, typ=_VECTOR_I16)
-        return Value(self.code, self.code.builder.zext(loaded, _VECTOR_I32))
-
     def prefetch(self, index: Value | int) -> None:
         """Have the memory there brought into the second cache."""
         kind = ir.FunctionType(_NOTHING, [_POINTER, _I32, _I32, _I32])
@@ -336,9 +331,13 @@ class Code:
         """Of each lane."""
         return self.call("llvm.floor.v16f32", ir.FunctionType(_VECTOR, [_VECTOR]), value.ir)
 
-    def no_halves(self) -> Value:
-        """Zeros beside what `Pointer.halves` gives."""
-        return Value(self, _lanes(0))
+    def opposite(self, condition: Value) -> Value:
+        return Value(self, self.builder.not_(condition.ir))
+
+    def in_any_lane(self, condition: Value) -> Value:
+        """Whether what was found out lane by lane is so in one at least."""
+        bits = self.builder.bitcast(condition.ir, _I16)
+        return Value(self, self.builder.icmp_unsigned("!=", bits, ir.Constant(_I16, 0)))
 
     def square_root(self, value: Value) -> Value:
         """Of a float32."""
@@ -368,16 +367,29 @@ class Code:
         scale = self.builder.shl(self.builder.add(exponent, _lanes(127)), _lanes(23))
         return series * Value(self, self.builder.bitcast(scale, _VECTOR))
 
-    def rounded_halves(self, vector: Value) -> Value:
-        """A vector rounded to bfloat16, in the lower halves of lanes; only where the processor rounds."""
-        assert self.has_bfloat16
-        kind = ir.FunctionType(_VECTOR_BF16, [_VECTOR])
-        rounded = self.call("llvm.x86.avx512bf16.cvtneps2bf16.512", kind, vector.ir)
-        return Value(self, self.builder.zext(self.builder.bitcast(rounded.ir, _VECTOR_I16), _VECTOR_I32))
+    def to_half(self, vector: Value) -> Value:
+        """Such that the upper halves of lanes are the numbers rounded to bfloat16, to the nearest, for `upper_halves`.
 
-    def paired(self, low: Value, high: Value) -> Value:
-        """Two vectors of halves in one, for `put_bits`: neighbours in memory are what was in one lane."""
-        joined = self.builder.or_(low.ir, self.builder.shl(high.ir, _lanes(16)))
+        Not-a-number stays that if bfloat16 numbers led to it.
+        """
+        bits = self.builder.add(self.builder.bitcast(vector.ir, _VECTOR_I32), _lanes(0x8000))
+        return Value(self, self.builder.bitcast(bits, _VECTOR))
+
+    def lower_halves(self, first: Value, second: Value) -> Value:
+        """Of two vectors of bits, lane by lane as neighbours in memory."""
+        return self._joined_halves(first, second, 0)
+
+    def upper_halves(self, first: Value, second: Value) -> Value:
+        return self._joined_halves(first, second, 1)
+
+    def _joined_halves(self, first: Value, second: Value, half: int) -> Value:
+        halves = ir.VectorType(_I16, 2 * LANES)
+        lanes = [2 * lane + half + which for lane in range(LANES) for which in (0, 2 * LANES)]
+        joined = self.builder.shuffle_vector(
+            self.builder.bitcast(first.ir, halves),
+            self.builder.bitcast(second.ir, halves),
+            ir.Constant(ir.VectorType(_I32, 2 * LANES), lanes),
+        )
         return Value(self, self.builder.bitcast(joined, _VECTOR))
 
     def transpose(self, rows: list[Value]) -> list[Value]:
@@ -393,20 +405,20 @@ class Code:
         return rows
 
     def power_of_two(self, x: Value) -> Value:
-        """``2 ** x`` of each lane, to 5 digits, which is more than bfloat16 has; only with AVX-512.
+        """``2 ** x`` of each lane, to 4 digits, which is more than bfloat16 has; only with AVX-512.
 
-        Source: the Chebyshev fit of degree 4 to ``2 ** f`` for f in -0.5 .. 0.5.
+        Source: the Chebyshev fit of degree 3 to ``2 ** f`` for f in 0 .. 1.
         """
-        unary = ir.FunctionType(_VECTOR, [_VECTOR])
-        power = self.call("llvm.rint.v16f32", unary, x.ir)
-        rest = x - power
+        every_lane, nothing = ir.Constant(_I16, -1), self.vector(0).ir
+        # Control 1: what is left above the next lower integer. The other instruction takes that integer.
+        kind = ir.FunctionType(_VECTOR, [_VECTOR, _I32, _VECTOR, _I16, _I32])
+        below, as_set = ir.Constant(_I32, 1), ir.Constant(_I32, 4)
+        rest = self.call("llvm.x86.avx512.mask.reduce.ps.512", kind, x.ir, below, nothing, every_lane, as_set)
         series = self.vector(_POWER_SERIES[-1])
         for factor in reversed(_POWER_SERIES[:-1]):
             series = self.multiply_add(series, rest, self.vector(factor))
-        every_lane, to_nearest = ir.Constant(_I16, -1), ir.Constant(_I32, 4)  # 4: as the processor is set to round
         kind = ir.FunctionType(_VECTOR, [_VECTOR, _VECTOR, _VECTOR, _I16, _I32])
-        name = "llvm.x86.avx512.mask.scalef.ps.512"
-        return self.call(name, kind, series.ir, power.ir, self.vector(0).ir, every_lane, to_nearest)
+        return self.call("llvm.x86.avx512.mask.scalef.ps.512", kind, series.ir, x.ir, nothing, every_lane, as_set)
 
     def sum(self, vector: Value) -> Value:
         """Of all lanes, always in the same order."""
@@ -514,7 +526,7 @@ class Code:
 
 _POWER_SERIES = tuple(
     float(each)
-    for each in np.polynomial.Chebyshev.interpolate(lambda x: np.exp2(x), 4, domain=[-0.5, 0.5])
+    for each in np.polynomial.Chebyshev.interpolate(lambda x: np.exp2(x), 3, domain=[0, 1])
     .convert(kind=np.polynomial.Polynomial)
     .coef
 )

@@ -14,6 +14,7 @@ from fake_shard import FakeShard, serve_fake_shards
 from text_generation_router.detokenizer import Detokenizer
 from text_generation_router.errors import GenerationFailed, ShuttingDown
 from text_generation_router.metrics import Metrics
+from text_generation_router.scheduling import door
 from text_generation_router.scheduling.batcher import Batcher
 from text_generation_router.scheduling.blocks import BlockAllocator
 from text_generation_router.scheduling.budget import BatchLimits
@@ -117,6 +118,25 @@ async def test_many_at_once_with_chunked_prompts(tmp_path: Path) -> None:
         answers = await asyncio.gather(*(text(queued) for queued in asked))
         assert answers == [prompt[0] * (i + 1) for i, prompt in enumerate(prompts)]
         await settled(router, shard)
+
+
+async def test_those_who_come_at_once_are_computed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door, "PATIENCE_IDLE_S", 60.0)
+    shard = FakeShard()
+    async with running(tmp_path, shard) as router:
+        with router.batcher.door.entering():
+            first = router.ask("abc", max_new_tokens=1)
+            await asyncio.sleep(0.05)
+            assert not shard.sequences
+            second = router.ask("def", max_new_tokens=1)
+        assert [await text(first), await text(second)] == ["a", "d"]
+        assert router.metrics.batch_inference_count.value(method="prefill") == 1
+
+
+async def test_nobody_waits_for_ever_for_those_at_the_door(tmp_path: Path) -> None:
+    async with running(tmp_path, FakeShard()) as router:
+        with router.batcher.door.entering():
+            assert await text(router.ask("abc", max_new_tokens=5)) == "abcab"
 
 
 async def test_preempted_requests_go_on_where_they_were(tmp_path: Path) -> None:

@@ -443,32 +443,50 @@ def test_a_matrix_of_bits_is_transposed() -> None:
     assert torch.equal(out.view(torch.int32), x.view(torch.int32).T)
 
 
-def test_halves_of_two_vectors_are_paired() -> None:
-    low, high = torch.randn(2, 16, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    out = torch.zeros(2, 32, dtype=torch.bfloat16)
+@pytest.mark.parametrize("half", [0, 1])
+def test_halves_of_two_vectors_become_neighbours(half: int) -> None:
+    first, second = torch.randint(-(2**15), 2**15, (2, 32), generator=torch.Generator().manual_seed(0)).to(torch.int16)
+    out = torch.zeros(32, dtype=torch.int16)
 
     def write(code: Code) -> None:
-        first, second, target = (code.tensor(argument, torch.bfloat16) for argument in (1, 2, 3))
-        target.put_bits(0, code.paired(first.halves(0), second.halves(0)))
-        target.put_bits(32, code.paired(code.no_halves(), second.halves(0)))
+        vectors = [code.tensor(argument, torch.bfloat16).bits(0) for argument in (1, 2)]
+        joined = code.upper_halves(*vectors) if half else code.lower_halves(*vectors)
+        code.tensor(3, torch.bfloat16).put_bits(0, joined)
 
-    run(write, low, high, out)
-    assert torch.equal(out[0], torch.stack((low, high), 1).flatten())
-    assert torch.equal(out[1], torch.stack((torch.zeros_like(low), high), 1).flatten())
+    run(write, first, second, out)
+    assert torch.equal(out, torch.stack((first[half::2], second[half::2]), 1).flatten())
 
 
-@pytest.mark.skipif(not compiler.processor_has("avx512bf16"), reason="the processor has no AVX512-BF16")
-def test_vectors_are_rounded_to_halves() -> None:
+def test_upper_halves_are_numbers_rounded() -> None:
     x = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    x[0, 3], x[1, 5] = math.nan, 0.0
     out = torch.zeros(32, dtype=torch.bfloat16)
 
     def write(code: Code) -> None:
         source, target = code.tensor(1, torch.float32), code.tensor(2, torch.bfloat16)
-        halves = [code.rounded_halves(source.vector(row * LANES)) for row in range(2)]
-        target.put_bits(0, code.paired(*halves))
+        halves = [code.to_half(source.vector(row * LANES)) for row in range(2)]
+        target.put_bits(0, code.upper_halves(*halves))
 
     run(write, x, out)
-    assert torch.equal(out, x.to(torch.bfloat16).T.flatten())
+    torch.testing.assert_close(out, x.to(torch.bfloat16).T.flatten(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_whether_a_condition_holds_in_any_lane() -> None:
+    x = torch.zeros(3, 16)
+    x[1, 7], x[2] = 2.0, 3.0
+    out = torch.zeros(3, dtype=torch.int64)
+
+    def write(code: Code) -> None:
+        source, target = code.tensor(1, torch.float32), code.tensor(2, torch.int64)
+        for row in range(3):
+            any_is_large = code.in_any_lane(source.vector(row * LANES) > 1)
+            with code.when(any_is_large):
+                target[row] = 1
+            with code.when(code.opposite(any_is_large)):
+                target[row] = 2
+
+    run(write, x, out)
+    assert out.tolist() == [2, 1, 1]
 
 
 def test_the_floor_of_numbers() -> None:
@@ -485,12 +503,12 @@ def test_a_condition_may_differ_from_lane_to_lane() -> None:
     assert mapped(inside, x).tolist() == [9, -1, 0, 1, 9, 9]
 
 
-@pytest.mark.skipif(not compiler.processor_has("avx512f"), reason="the processor has no AVX-512")
-def test_powers_of_two_are_right_to_five_digits() -> None:
+@pytest.mark.skipif(not compiler.processor_has("avx512dq"), reason="the processor has no AVX512-DQ")
+def test_powers_of_two_are_right_to_four_digits() -> None:
     x = torch.linspace(-126, 100, 100_001)
     ours = mapped(lambda code, value: code.power_of_two(value), x)
-    torch.testing.assert_close(ours.double(), x.double().exp2(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours.double(), x.double().exp2(), rtol=1.1e-4, atol=0)
     extremes = torch.tensor([0.0, -(2.0**100), -200.0, math.nan])
     ours = mapped(lambda code, value: code.power_of_two(value), extremes)
-    assert ours[:3].tolist() == pytest.approx([1, 0, 0], rel=1e-5)
+    assert ours[:3].tolist() == pytest.approx([1, 0, 0], rel=1.1e-4)
     assert ours[3].isnan()

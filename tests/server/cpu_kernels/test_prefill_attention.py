@@ -44,7 +44,7 @@ def compiled(shape: Shape, window: int = 0, chunk: int = 0) -> PrefillAttention:
     return PrefillAttention(shape, window=window, chunk=chunk)
 
 
-def made(shape: Shape, rows: list[tuple[int, int]], window: int = 0, chunk: int = 0) -> Case:
+def made(shape: Shape, rows: list[tuple[int, int]]) -> Case:
     """``rows``: tokens in the cache before the chunk, and those of the chunk. All other slots hold not-a-number."""
     generator = torch.Generator().manual_seed(0)
     size = shape.block_size
@@ -65,11 +65,8 @@ def made(shape: Shape, rows: list[tuple[int, int]], window: int = 0, chunk: int 
             numbers = torch.randn(shape.kv_heads, len(places), width, generator=generator)
             cache[:, places] = numbers.to(shape.dtype)
         caches.append(cache)
-    firsts = [
-        [first_seen(position, window, chunk) for position in range(cached, cached + new, 16)] for cached, new in rows
-    ]
     contexts = [cached + new for cached, new in rows]
-    chunks = prefill_attention.plan_chunks(tables, [new for _, new in rows], contexts, firsts, size)
+    chunks = prefill_attention.plan_chunks(tables, [new for _, new in rows], contexts, size, shape.group)
     sinks = torch.randn(shape.query_heads, generator=generator) if shape.has_sinks else None
     queries = packed[:, 1 : 1 + shape.query_heads].transpose(0, 1)
     return Case(chunks, queries, caches[0], caches[1], sinks, slots, rows)
@@ -101,7 +98,7 @@ def obvious(shape: Shape, case: Case, window: int = 0, chunk: int = 0) -> Tensor
 
 
 def check(shape: Shape, rows: list[tuple[int, int]], window: int = 0, chunk: int = 0) -> None:
-    case = made(shape, rows, window, chunk)
+    case = made(shape, rows)
     ours, expected = attended(shape, case, window, chunk).double(), obvious(shape, case, window, chunk)
     errors = (ours - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert errors.max() < 0.02, "weights and results are rounded to bfloat16"
@@ -146,16 +143,17 @@ def test_queries_see_their_window_or_their_chunk(window: int, chunk: int, has_si
     check(replace(PLAIN, has_sinks=has_sinks), [(0, 60), (333, 50), (90, 1)], window, chunk)
 
 
-def test_a_prompt_is_the_same_alone_and_among_others_and_in_one_piece_or_several() -> None:
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("cut", [48, 41, 97])
+def test_a_prompt_is_the_same_alone_and_among_others_and_in_one_piece_or_several(cut: int, window: int) -> None:
     together = made(PLAIN, [(0, 100), (50, 30)])
-    whole = attended(PLAIN, together)[:100]
-    for first, count in ((0, 48), (48, 52)):  # cut where parts begin: the same 16 queries share a unit
+    whole = attended(PLAIN, together, window)[:100]
+    for first, count in ((0, cut), (cut, 100 - cut)):
         table = together.chunks.tables_RB[:1].tolist()
-        firsts = [[0] * -(-count // 16)]
-        chunks = prefill_attention.plan_chunks(table, [count], [first + count], firsts, 16)
+        chunks = prefill_attention.plan_chunks(table, [count], [first + count], 16, PLAIN.group)
         queries = together.queries_HTD[:, first : first + count]
         piece = replace(together, chunks=chunks, queries_HTD=queries)
-        assert torch.equal(attended(PLAIN, piece), whole[first : first + count])
+        assert torch.equal(attended(PLAIN, piece, window), whole[first : first + count])
 
 
 def test_not_a_number_stays_with_its_query() -> None:
@@ -185,6 +183,7 @@ def test_not_a_number_among_the_keys_reaches_all_who_see_it() -> None:
         pytest.param(4, 64, 48, 32, torch.bfloat16, True, id="whole tiles"),
         pytest.param(4, 48, 48, 32, torch.bfloat16, False, id="half a tile of keys"),
         pytest.param(4, 64, 40, 32, torch.bfloat16, False, id="half a tile of values"),
+        pytest.param(4, 64, 16, 32, torch.bfloat16, False, id="one tile of values"),
         pytest.param(4, 64, 64, 8, torch.bfloat16, False, id="blocks of half a tile"),
         pytest.param(4, 64, 64, 16, torch.float32, False, id="float32"),
         pytest.param(48, 128, 128, 16, torch.bfloat16, True, id="many heads of one"),
