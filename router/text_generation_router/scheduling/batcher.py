@@ -62,6 +62,7 @@ class Batcher:
         self._answers: dict[QueuedRequest, Answer] = {}
         self._sent: dict[int, _SentStep] = {}
         self._results: deque[StepResult] = deque()
+        self._last_result_at = 0.0
         self._failure: str | None = None
         self._unreachable = False
         self._closed = False
@@ -149,19 +150,28 @@ class Batcher:
 
     def _waits_for_others(self) -> bool:
         """Whether the next step is better planned a little later; the loop is woken then."""
-        idle_since = None
-        if not self._shards.num_in_flight:
-            first = self._scheduler.waiting.first()
-            if first is None or self._scheduler.running:
-                return False
-            idle_since = first.enqueued_at
-        wait_s = self.door.wait_s(time.perf_counter(), idle_since=idle_since)
+        first = self._scheduler.waiting.first()
+        if self._shards.num_in_flight:
+            until = self.door.wait_while_busy(self._step_ends_at())
+        elif first is not None and not self._scheduler.running:
+            until = self.door.wait_while_idle(first.enqueued_at)
+        else:
+            return False
+        wait_s = until - time.perf_counter()
         if wait_s <= 0:
             return False
         asyncio.get_running_loop().call_later(wait_s, self._wake.set)
         return True
 
+    def _step_ends_at(self) -> float:
+        """When the result of the step that was sent last is expected; 0 if it computes nothing."""
+        if not self._sent:
+            return 0.0
+        sent = next(reversed(self._sent.values()))
+        return max(sent.sent_at, self._last_result_at) + self._scheduler.costs.step_s(sent.work)
+
     def _on_result(self, result: StepResult) -> None:
+        self._last_result_at = time.perf_counter()
         self._results.append(result)
         self._wake.set()
 

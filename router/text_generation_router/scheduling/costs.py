@@ -89,6 +89,11 @@ class StepCosts:
         nearest = min(self._decode_s, key=lambda known: abs(known - size))
         return self._decode_s[nearest]
 
+    def step_s(self, work: StepWork) -> float:
+        """Seconds of a whole step; nothing for what is not known."""
+        token_s = self._token_s.at(work.context) or 0.0
+        return (self.decode_s(max(work.num_decodes, 1)) or 0.0) + work.num_prompt_tokens * token_s
+
     def prompt_s(self, num_tokens: int, start: int) -> float:
         """Seconds that a chunk adds to a step; 0 as long as there was none."""
         return num_tokens * (self._token_s.at(start + num_tokens / 2) or 0.0)

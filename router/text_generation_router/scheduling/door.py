@@ -12,10 +12,11 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
-PATIENCE_IDLE_S = 0.02
-"""For others, from when the first request waits, while the shards have nothing to do."""
-PATIENCE_BUSY_S = 0.1
-"""For a request, from when it has come, while a step runs anyway. A long text takes seconds."""
+PATIENCE_S = 0.02
+"""From when a request waits for shards that have nothing to do, and from when the last one came: a long text takes
+seconds."""
+LEAD_S = 0.003
+"""By which the next step is sent before the one that runs is expected to end."""
 
 
 class Door:
@@ -35,14 +36,13 @@ class Door:
             del self._since[ticket]
             self._on_leave()
 
-    def wait_s(self, now: float, *, idle_since: float | None) -> float:
-        """How long the next step may wait for those at the door; not more than 0: it does not.
-
-        ``idle_since``: when the first request began to wait for shards that have nothing to do; None if they have.
-        """
+    def wait_while_idle(self, since: float) -> float:
+        """The time up to which a first step may wait for those at the door. ``since``: when a request began to wait."""
         if not self._since:
             return 0.0
         last_came = next(reversed(self._since.values()))
-        if idle_since is None:
-            return last_came + PATIENCE_BUSY_S - now
-        return min(last_came, idle_since) + PATIENCE_IDLE_S - now
+        return min(last_came, since) + PATIENCE_S
+
+    def wait_while_busy(self, step_ends_at: float) -> float:
+        """The same of a step behind one that runs anyway."""
+        return step_ends_at - LEAD_S if self._since else 0.0

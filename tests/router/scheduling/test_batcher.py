@@ -121,7 +121,7 @@ async def test_many_at_once_with_chunked_prompts(tmp_path: Path) -> None:
 
 
 async def test_those_who_come_at_once_are_computed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "PATIENCE_IDLE_S", 60.0)
+    monkeypatch.setattr(door, "PATIENCE_S", 60.0)
     shard = FakeShard()
     async with running(tmp_path, shard) as router:
         with router.batcher.door.entering():

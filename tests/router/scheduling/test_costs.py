@@ -42,12 +42,15 @@ def test_what_was_learned_predicts_the_next_step(start: int) -> None:
     costs = learned()
     assert costs.decode_s(4) == pytest.approx(0.014, rel=0.01)
     assert costs.prompt_s(100, start) == pytest.approx(100 * 1e-4 * (1 + (start + 50) / 1000), rel=0.05)
+    for work in (StepWork(4, 0, 0.0), StepWork(4, 100, start + 50)):
+        assert costs.step_s(work) == pytest.approx(step_s(work), rel=0.05)
 
 
 def test_a_number_of_rows_that_has_not_run_is_taken_for_the_nearest_that_has() -> None:
     costs = learned()
     assert costs.decode_s(32) == costs.decode_s(4)
     assert StepCosts().decode_s(1) is None
+    assert StepCosts().step_s(StepWork(1, 10, 0.0)) == 0
 
 
 @pytest.mark.parametrize("start", [0, 1000, 2900])

@@ -3,17 +3,19 @@ from __future__ import annotations
 import time
 
 import pytest
-from text_generation_router.scheduling.door import PATIENCE_BUSY_S, PATIENCE_IDLE_S, Door
+from text_generation_router.scheduling.door import LEAD_S, PATIENCE_S, Door
 
 
 def test_nobody_at_the_door_is_waited_for() -> None:
     left: list[bool] = []
     door = Door(lambda: left.append(True))
-    assert door.wait_s(0.0, idle_since=0.0) <= 0
+    now = time.perf_counter()
+    assert door.wait_while_idle(now) <= now
     with door.entering():
         assert not left
     assert left == [True]
-    assert door.wait_s(0.0, idle_since=0.0) <= 0
+    assert door.wait_while_idle(now) <= now
+    assert door.wait_while_busy(now + 1) <= now
 
 
 def test_one_who_is_refused_leaves_too() -> None:
@@ -22,17 +24,21 @@ def test_one_who_is_refused_leaves_too() -> None:
     with pytest.raises(ValueError, match="refused"), door.entering():
         raise ValueError("refused")
     assert left == [True]
-    assert door.wait_s(0.0, idle_since=None) <= 0
+    assert door.wait_while_idle(time.perf_counter()) == 0
 
 
 def test_patience_ends() -> None:
     door = Door(lambda: None)
+    before = time.perf_counter()
     with door.entering():
         now = time.perf_counter()
-        assert 0 < door.wait_s(now, idle_since=None) <= PATIENCE_BUSY_S
-        assert 0 < door.wait_s(now, idle_since=now) <= PATIENCE_IDLE_S
-        assert door.wait_s(now, idle_since=now - PATIENCE_IDLE_S) <= 0, "those who wait already are not kept for long"
-        assert door.wait_s(now + PATIENCE_IDLE_S, idle_since=now + PATIENCE_IDLE_S) <= 0, "nor by a long text"
-        assert door.wait_s(now + PATIENCE_BUSY_S, idle_since=None) <= 0
+        assert door.wait_while_idle(before) == before + PATIENCE_S
+        assert before + PATIENCE_S <= door.wait_while_idle(now + 1) <= now + PATIENCE_S, "a long text is not waited for"
         with door.entering():
-            assert door.wait_s(now + PATIENCE_BUSY_S, idle_since=None) > 0, "the last one to come counts"
+            assert door.wait_while_idle(now + 1) >= now + PATIENCE_S, "the last one to come counts"
+
+
+def test_behind_a_step_there_is_time_until_it_ends() -> None:
+    door = Door(lambda: None)
+    with door.entering():
+        assert door.wait_while_busy(5.0) == 5.0 - LEAD_S
