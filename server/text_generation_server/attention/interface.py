@@ -6,12 +6,15 @@ Shape legend: T tokens of a step, H query heads, K key/value heads, D key width,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from text_generation_server.engine.inputs import ForwardInputs
+
+if TYPE_CHECKING:
+    from text_generation_server.cpu_kernels.compiler import Kernel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +109,29 @@ class AttentionBackend(Protocol):
         ``softcap`` c replaces scores by ``c * tanh(scores / c)`` before the mask; ``sinks_H`` adds to each head's
         softmax a logit that has no value. Softmax is computed in float32.
         """
+
+
+@runtime_checkable
+class LaunchingBackend(Protocol):
+    """A back end on a processor whose attention of decode rows can be a part of a larger launch."""
+
+    def decode_launch(
+        self,
+        plan: Any,
+        layer: LayerSpec,
+        cache: LayerCache,
+        query_HTD: Tensor,
+        key_KTD: Tensor,
+        value_KTE: Tensor,
+        out_THE: Tensor,
+        *,
+        scaling: float,
+        softcap: float = 0.0,
+        sinks_H: Tensor | None = None,
+    ) -> tuple[Kernel, tuple[int, ...]] | None:
+        """What `AttentionBackend.attend` would run, with its arguments for this step, to be run before the next is
+        asked for; ``out_THE`` is contiguous. None: the step has other rows too, or this does not fit, and nothing is
+        done."""
 
 
 @runtime_checkable

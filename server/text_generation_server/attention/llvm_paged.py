@@ -16,6 +16,7 @@ from text_generation_server.attention.interface import LayerCache, LayerSpec, Un
 from text_generation_server.attention.torch_paged import Plan as TorchPlan
 from text_generation_server.attention.torch_paged import TorchPaged, first_seen
 from text_generation_server.cpu_kernels import cache_write, compiler, decode_attention, prefill_attention
+from text_generation_server.cpu_kernels.compiler import Kernel
 from text_generation_server.cpu_kernels.decode_attention import DecodeAttention, Rows, Shape
 from text_generation_server.cpu_kernels.prefill_attention import Chunks, PrefillAttention
 from text_generation_server.engine.inputs import ForwardInputs
@@ -136,7 +137,7 @@ class LlvmPaged:
         if query_HTD.shape[1] > plan.num_tokens:
             out_THE[plan.num_tokens :] = 0  # not what lay there: it may be not-a-number
         sight = layer.window, layer.chunk
-        kernels = self._kernels_of(layer, scaling, softcap, sinks_H is not None)
+        kernels = self._kernels_of(layer, scaling, softcap, has_sinks=sinks_H is not None)
         sinks_H = None if sinks_H is None else sinks_H.float().contiguous()
         if rows:
             kernels.decode(
@@ -163,7 +164,31 @@ class LlvmPaged:
             )
         return out_THE.to(dtype)
 
-    def _kernels_of(self, layer: LayerSpec, scaling: float, softcap: float, has_sinks: bool) -> _Kernels:
+    def decode_launch(
+        self,
+        plan: Plan,
+        layer: LayerSpec,
+        cache: LayerCache,
+        query_HTD: Tensor,
+        key_KTD: Tensor,
+        value_KTE: Tensor,
+        out_THE: Tensor,
+        *,
+        scaling: float,
+        softcap: float = 0.0,
+        sinks_H: Tensor | None = None,
+    ) -> tuple[Kernel, tuple[int, ...]] | None:
+        if not plan.num_rows or plan.chunks or plan.torch_plan is not None or sinks_H is not None:
+            return None
+        if query_HTD.dtype != self.dtype:
+            return None
+        decode = self._kernels_of(layer, scaling, softcap, has_sinks=False).decode
+        rows = plan.rows[layer.window, layer.chunk]
+        return decode.kernel, decode.arguments(
+            rows, plan.slots_T, query_HTD, key_KTD, value_KTE, cache.keys_KSD, cache.values_KSE, out_THE, None
+        )
+
+    def _kernels_of(self, layer: LayerSpec, scaling: float, softcap: float, *, has_sinks: bool) -> _Kernels:
         key = layer, scaling, softcap, has_sinks
         kernels = self._kernels.get(key)
         if kernels is None:

@@ -77,9 +77,11 @@ class Sequence:
             assert len(values) == kernel.num_arguments
             self._memory[first + 1 : first + 1 + len(values)] = list(values)
 
-    def set(self, kernel: int, argument: int, value: int) -> None:
-        """Change one argument of the kernel at an index."""
-        self._memory[self._counters[kernel] + 1 + argument] = value
+    def set(self, kernel: int, *arguments: int) -> None:
+        """Change the first arguments of the kernel at an index, or all."""
+        assert len(arguments) <= self._kernels[kernel].num_arguments
+        first = self._counters[kernel] + 1
+        self._memory[first : first + len(arguments)] = list(arguments)
 
     def run(self) -> None:
         memory = self._memory

@@ -82,7 +82,7 @@ class DecodeAttention:
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
-        self._kernel = _compiled(shape)
+        self.kernel = _compiled(shape)
         self._partial = torch.empty(0)
         self._done = torch.zeros(0, dtype=torch.int64)
 
@@ -102,11 +102,26 @@ class DecodeAttention:
 
         The last dimension of the others is contiguous; ``sinks_H`` is float32.
         """
-        shape = self.shape
+        arguments = self.arguments(rows, slots_R, query_HRD, key_KRD, value_KRE, keys_KSD, values_KSE, out_RHE, sinks_H)
+        self.kernel(*arguments, units=len(rows.parts_U5) * self.shape.kv_heads)
+
+    def arguments(
+        self,
+        rows: Rows,
+        slots_R: Tensor,
+        query_HRD: Tensor,
+        key_KRD: Tensor,
+        value_KRE: Tensor,
+        keys_KSD: Tensor,
+        values_KSE: Tensor,
+        out_RHE: Tensor,
+        sinks_H: Tensor | None,
+    ) -> tuple[int, ...]:
+        """The kernel's, for the next run of it."""
         num_parts, num_rows = len(rows.parts_U5), len(rows.tables_RB)
         if num_parts > num_rows:
             self._reserve(num_parts, num_rows)
-        self._kernel(
+        return (
             num_parts,
             rows.parts_U5.data_ptr(),
             rows.tables_RB.data_ptr(),
@@ -128,7 +143,6 @@ class DecodeAttention:
             0 if sinks_H is None else sinks_H.data_ptr(),
             self._partial.data_ptr(),
             self._done.data_ptr(),
-            units=num_parts * shape.kv_heads,
         )
 
     def _reserve(self, num_parts: int, num_rows: int) -> None:

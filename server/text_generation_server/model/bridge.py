@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from text_generation_server.cpu_kernels.compiler import Kernel
 
 PAGED = "text_generation_paged"
 RECORDING = "text_generation_recording"
@@ -75,6 +78,20 @@ def attend(
     if _handler is None:
         raise RuntimeError("attention was called outside of a step")
     return _handler(module, query_HTD, key_KTD, value_KTE, arguments)
+
+
+def launch(
+    module: nn.Module,
+    query_HTD: Tensor,
+    key_KTD: Tensor,
+    value_KTE: Tensor,
+    out_THE: Tensor,
+    arguments: dict[str, Any],
+) -> tuple[Kernel, tuple[int, ...]] | None:
+    """The same call as a part of a launch of the caller's, which is to run now; see ``LaunchingBackend``. None where
+    the handler only knows of calls."""
+    launching = getattr(_handler, "launch", None)
+    return None if launching is None else launching(module, query_HTD, key_KTD, value_KTE, out_THE, arguments)
 
 
 def recorded_mask(

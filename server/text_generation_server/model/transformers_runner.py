@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from text_generation_server.attention.interface import AttentionBackend, LayerSpec, Rotation
+from text_generation_server.attention.interface import AttentionBackend, LaunchingBackend, LayerSpec, Rotation
+from text_generation_server.cpu_kernels.compiler import Kernel
 from text_generation_server.engine.inputs import ForwardInputs
 from text_generation_server.engine.kv_cache import KVCache
 from text_generation_server.engine.page_touch import PageTouch
@@ -51,7 +52,6 @@ class PagedStep:
             query_HTD = temperature.apply(query_HTD, self.positions_T)
         elif rotation is not None:
             options["rotation"] = rotation
-        scaling = arguments.get("scaling")
         return runner.backend.attend(
             self.plan,
             runner.layers[index],
@@ -59,11 +59,46 @@ class PagedStep:
             query_HTD,
             key_KTD,
             value_KTE,
-            scaling=query_HTD.shape[2] ** -0.5 if scaling is None else scaling,
+            scaling=_scaling(arguments, query_HTD),
             softcap=arguments.get("softcap") or 0.0,
             sinks_H=arguments.get("s_aux"),
             **options,
         )
+
+    def launch(
+        self,
+        module: nn.Module,
+        query_HTD: Tensor,
+        key_KTD: Tensor,
+        value_KTE: Tensor,
+        out_THE: Tensor,
+        arguments: dict[str, Any],
+    ) -> tuple[Kernel, tuple[int, ...]] | None:
+        index: int = getattr(module, bridge.LAYER_ATTRIBUTE)
+        runner = self.runner
+        if runner.launching is None or index in runner.temperatures:
+            return None
+        launch = runner.launching.decode_launch(
+            self.plan,
+            runner.layers[index],
+            self.cache.layers[index],
+            query_HTD,
+            key_KTD,
+            value_KTE,
+            out_THE,
+            scaling=_scaling(arguments, query_HTD),
+            softcap=arguments.get("softcap") or 0.0,
+            sinks_H=arguments.get("s_aux"),
+        )
+        if launch is not None:
+            self.calls += 1
+            runner.on_progress()
+        return launch
+
+
+def _scaling(arguments: dict[str, Any], query_HTD: Tensor) -> float:
+    scaling: float | None = arguments.get("scaling")
+    return query_HTD.shape[2] ** -0.5 if scaling is None else scaling
 
 
 class TransformersRunner:
@@ -84,6 +119,7 @@ class TransformersRunner:
         self.temperatures = temperatures
         """By layer, of those that have one."""
         self.backend = backend
+        self.launching = backend if isinstance(backend, LaunchingBackend) else None
         self.block_size = block_size
         self.kv_dtype = info.dtype
         self.cache: KVCache | None = None
@@ -134,7 +170,9 @@ class TransformersRunner:
         """
         assert self.cache is not None, "allocate_kv_cache comes first"
         step = PagedStep(self, self.cache, plan, positions_T)
-        options = {"logits_to_keep": logits_indices_L} if self._keeps_logits else {}
+        # Where all are wanted, they are wanted in their order: 0 means all, and copies nothing.
+        wanted = 0 if logits_indices_L.shape[0] == ids_T.shape[0] else logits_indices_L
+        options = {"logits_to_keep": wanted} if self._keeps_logits else {}
         with bridge.handling(step):
             output = self.model(
                 input_ids=ids_T[None],

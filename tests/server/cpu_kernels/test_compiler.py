@@ -118,15 +118,17 @@ def test_kernels_of_a_sequence_have_units_and_arguments_of_their_own(num_threads
     assert (many == 50).all()
 
 
-def test_one_argument_may_change_between_runs(num_threads: int) -> None:
+def test_arguments_may_change_between_runs(num_threads: int) -> None:
     left, right = torch.zeros(2, 100, dtype=torch.int64)
     sequence = Sequence(adding(1), adding(10))
     sequence.fill((left.data_ptr(), 100), (left.data_ptr(), 100))
     sequence.run()
-    sequence.set(1, 0, right.data_ptr())
+    sequence.set(1, right.data_ptr())
     sequence.run()
-    sequence.set(0, 1, 50)
+    sequence.set(0, left.data_ptr(), 50)
     sequence.run()
+    with pytest.raises(AssertionError):
+        sequence.set(0, left.data_ptr(), 50, 0)
     assert left.tolist() == [13] * 50 + [12] * 50
     assert right.tolist() == [20] * 100
 

@@ -1,4 +1,4 @@
-"""A decoder layer of the Llama pattern in two launches, with attention between them.
+"""A decoder layer of the Llama pattern in two launches, with attention between them, or in one with its kernel inside.
 
 Launching a kernel costs a few microseconds, and so does each operation of torch around it: in a decode step of a small
 model that is as much as the work itself.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from text_generation_server.cpu_kernels import rms_norm, rotary
-from text_generation_server.cpu_kernels.compiler import Sequence
+from text_generation_server.cpu_kernels.compiler import Kernel, Sequence
 from text_generation_server.cpu_kernels.tiled_product import TiledProduct
 from text_generation_server.model import bridge
 from text_generation_server.model.swaps.attention import FusedAttention
@@ -46,6 +46,8 @@ class LayerKernels:
             dtype=attention.dtype,
         )
         self._addresses: tuple[int, ...] = ()
+        """That the two launches know, and the single one."""
+        self._single_addresses: tuple[int, ...] = ()
         first_norm, second_norm = (rms_norm.kernel(norm.shape[0], attention.dtype, norm.eps) for norm in norms)
         has_head_norms = attention.kernel_norm_weight is not None
         rotate = rotary.kernel(
@@ -55,8 +57,11 @@ class LayerKernels:
             attention.dtype,
             attention.norm_eps if has_head_norms else None,
         )
-        self._before = Sequence(first_norm, qkv.kernel, rotate)
-        self._after = Sequence(out.kernel, second_norm, gated.kernel, down.kernel)
+        self._before_kernels = first_norm, qkv.kernel, rotate
+        self._after_kernels = out.kernel, second_norm, gated.kernel, down.kernel
+        self._before, self._after = Sequence(*self._before_kernels), Sequence(*self._after_kernels)
+        self._single: tuple[Kernel, Sequence] | None = None
+        """With an attention kernel."""
 
     @classmethod
     def of(
@@ -77,35 +82,51 @@ class LayerKernels:
 
     def __call__(self, hidden_1TC: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         step = _step_of(hidden_1TC, position_embeddings, self._shape)
+        heads = step.query_HTD, step.key_KTD, step.value_KTD
+        launch = bridge.launch(self._attention, *heads, step.attended_THD, self._attention.arguments)
+        if launch is not None:
+            self._run_at_once(step, *launch)
+            return step.hidden_1TC
         if self._addresses != step.addresses:  # decode steps of one size mostly find the same memory again
-            self._fill(step)
+            self._addresses = step.addresses
+            before, after = self._arguments(step)
+            self._before.fill(*before)
+            self._after.fill(*after)
         self._before.run()
-        attended = bridge.attend(
-            self._attention, step.query_HTD, step.key_KTD, step.value_KTD, self._attention.arguments
-        ).contiguous()
-        self._after.set(0, ATTENDED, attended.data_ptr())
+        attended = bridge.attend(self._attention, *heads, self._attention.arguments).contiguous()
+        self._after.set(0, attended.data_ptr())
         self._after.run()
         return step.hidden_1TC
 
-    def _fill(self, step: _Step) -> None:
-        self._addresses = step.addresses
-        num_tokens, x, normed, heads, inner, cos, sin = step.addresses
+    def _run_at_once(self, step: _Step, attention: Kernel, arguments: tuple[int, ...]) -> None:
+        if self._single is None or self._single[0] is not attention:
+            self._single = attention, Sequence(*self._before_kernels, attention, *self._after_kernels)
+            self._single_addresses = ()
+        _, sequence = self._single
+        if self._single_addresses != step.addresses:
+            self._single_addresses = step.addresses
+            before, after = self._arguments(step)
+            sequence.fill(*before, arguments, *after)
+        else:
+            sequence.set(len(self._before_kernels), *arguments)
+        sequence.run()
+
+    def _arguments(self, step: _Step) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+        """Of the kernels before attention, and of those after it."""
+        num_tokens, x, normed, heads, attended, inner, cos, sin = step.addresses
         norm = self._attention.kernel_norm_weight
-        self._before.fill(
+        before = [
             (x, normed, self._first_weight.data_ptr(), num_tokens),
             self._qkv.arguments(num_tokens, normed, heads),
             (heads, cos, sin, 0 if norm is None else norm.data_ptr(), num_tokens),
-        )
-        self._after.fill(
-            self._out.arguments(num_tokens, 0, x, x),
+        ]
+        after = [
+            self._out.arguments(num_tokens, attended, x, x),
             (x, normed, self._second_weight.data_ptr(), num_tokens),
             self._gated.arguments(num_tokens, normed, inner),
             self._down.arguments(num_tokens, inner, x, x),
-        )
-
-
-ATTENDED = 0
-"""The place of the rows among a product's arguments."""
+        ]
+        return before, after
 
 
 def _kernel_weight(norm: FastRMSNorm) -> Tensor:
@@ -139,17 +160,18 @@ class _Step:
             shape.width,
             shape.width,
             sum(heads) * shape.head_dim,
+            shape.query_heads * shape.head_dim,
             shape.inner_width,
             shape.head_dim,
             shape.head_dim,
         ]
         sizes = [-(-num_tokens * width // ALIGNED) * ALIGNED for width in widths]
         if memory.dtype != shape.dtype or memory.numel() < sum(sizes):
-            memory = torch.empty(sum(sizes), dtype=shape.dtype)
+            memory = torch.zeros(sum(sizes), dtype=shape.dtype)  # rows of padding are computed too
         self.memory = memory
         parts = torch.split(memory[: sum(sizes)], sizes)
         self.addresses = num_tokens, *(part.data_ptr() for part in parts)
-        hidden_TC, _, heads_TN, _, cos_TD, sin_TD = (
+        hidden_TC, _, heads_TN, attended_TN, _, cos_TD, sin_TD = (
             part[: num_tokens * width].view(num_tokens, width) for part, width in zip(parts, widths, strict=True)
         )
         # All that kernels read is here, at the same addresses step after step: their arguments seldom change.
@@ -158,6 +180,7 @@ class _Step:
         for own, given in zip((cos_TD, sin_TD), position_embeddings, strict=True):
             own.copy_(given[0])
         heads_HTD = heads_TN.view(num_tokens, sum(heads), shape.head_dim).transpose(0, 1)
+        self.attended_THD = attended_TN.view(num_tokens, shape.query_heads, shape.head_dim)
         self.query_HTD, self.key_KTD, self.value_KTD = torch.split(heads_HTD, heads)
 
 
