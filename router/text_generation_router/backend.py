@@ -82,6 +82,8 @@ async def start_backend(flags: RouterFlags) -> AsyncIterator[Backend]:
         )
         detokenizer = Detokenizer(tokenizer.tokenizer, tokenizer.special_ids)
         batcher = Batcher(shards, scheduler, detokenizer, metrics)
+        with _failing_as("Backend failed"):
+            await _begin(shards)
         batching = asyncio.create_task(batcher.run(), name="batching")
         stack.push_async_callback(end_task, batching)
         yield Backend(
@@ -93,6 +95,17 @@ async def start_backend(flags: RouterFlags) -> AsyncIterator[Backend]:
             batching=batching,
             seconds=seconds,
         )
+
+
+async def _begin(shards: group.ShardGroup) -> None:
+    """Have the shards take steps: whoever is told that the server is ready may ask for its health at once.
+
+    Raises: ConfigError.
+    """
+    try:
+        await shards.reset()
+    except group.ShardUnreachable as error:
+        raise ConfigError(f"the model shards do not answer any more: {error}") from error
 
 
 async def end_task(task: asyncio.Task[None]) -> None:

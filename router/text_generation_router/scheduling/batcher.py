@@ -117,7 +117,8 @@ class Batcher:
             self._fail(list(self._answers), ShuttingDown())
 
     async def _serve(self) -> None:
-        await self._recover()
+        if not self._shards.ready():
+            await self._recover()
         while True:
             while self._results:
                 self._apply(self._results.popleft())
