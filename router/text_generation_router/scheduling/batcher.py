@@ -67,6 +67,8 @@ class Batcher:
         self._unreachable = False
         self._closed = False
         self._wake = asyncio.Event()
+        self._alarm: asyncio.TimerHandle | None = None
+        """Sets it when nobody is to be waited for any longer."""
         self.door = Door(self._wake.set)
         """For those who are about to call `enqueue`."""
         shards.on_result = self._on_result
@@ -161,7 +163,9 @@ class Batcher:
         wait_s = until - time.perf_counter()
         if wait_s <= 0:
             return False
-        asyncio.get_running_loop().call_later(wait_s, self._wake.set)
+        if self._alarm is not None:  # else there would be one for everybody who comes meanwhile
+            self._alarm.cancel()
+        self._alarm = asyncio.get_running_loop().call_later(wait_s, self._wake.set)
         return True
 
     def _step_ends_at(self) -> float:

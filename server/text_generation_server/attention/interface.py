@@ -14,7 +14,7 @@ from torch import Tensor
 from text_generation_server.engine.inputs import ForwardInputs
 
 if TYPE_CHECKING:
-    from text_generation_server.cpu_kernels.compiler import Kernel
+    from text_generation_server.cpu_kernels.compiler import Launch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +128,7 @@ class LaunchingBackend(Protocol):
         scaling: float,
         softcap: float = 0.0,
         sinks_H: Tensor | None = None,
-    ) -> tuple[Kernel, tuple[int, ...]] | None:
+    ) -> Launch | None:
         """What `AttentionBackend.attend` would run, with its arguments for this step, to be run before the next is
         asked for; ``out_THE`` is contiguous. None: the step has other rows too, or this does not fit, and nothing is
         done."""

@@ -16,7 +16,7 @@ from text_generation_server.attention.interface import LayerCache, LayerSpec, Un
 from text_generation_server.attention.torch_paged import Plan as TorchPlan
 from text_generation_server.attention.torch_paged import TorchPaged, first_seen
 from text_generation_server.cpu_kernels import cache_write, compiler, decode_attention, prefill_attention
-from text_generation_server.cpu_kernels.compiler import Kernel
+from text_generation_server.cpu_kernels.compiler import Launch
 from text_generation_server.cpu_kernels.decode_attention import DecodeAttention, Rows, Shape
 from text_generation_server.cpu_kernels.prefill_attention import Chunks, PrefillAttention
 from text_generation_server.engine.inputs import ForwardInputs
@@ -177,7 +177,7 @@ class LlvmPaged:
         scaling: float,
         softcap: float = 0.0,
         sinks_H: Tensor | None = None,
-    ) -> tuple[Kernel, tuple[int, ...]] | None:
+    ) -> Launch | None:
         if not plan.num_rows or plan.chunks or plan.torch_plan is not None or sinks_H is not None:
             return None
         if query_HTD.dtype != self.dtype:

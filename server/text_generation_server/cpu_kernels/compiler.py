@@ -53,6 +53,10 @@ class Kernel:
             self._alone(self._place)
 
 
+Launch = tuple[Kernel, tuple[int, ...]]
+"""A kernel and its arguments."""
+
+
 class Sequence:
     """Kernels one after another in a single launch: between them the team meets, and is not sent home."""
 

@@ -405,7 +405,7 @@ class Code:
         return rows
 
     def power_of_two(self, x: Value) -> Value:
-        """``2 ** x`` of each lane, to 4 digits, which is more than bfloat16 has; only with AVX-512.
+        """``2 ** x`` of each lane, to 4 digits, which is more than bfloat16 has; only with AVX512-DQ.
 
         Source: the Chebyshev fit of degree 3 to ``2 ** f`` for f in 0 .. 1.
         """

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from text_generation_server.cpu_kernels.compiler import Kernel
+    from text_generation_server.cpu_kernels.compiler import Launch
 
 PAGED = "text_generation_paged"
 RECORDING = "text_generation_recording"
@@ -87,7 +87,7 @@ def launch(
     value_KTE: Tensor,
     out_THE: Tensor,
     arguments: dict[str, Any],
-) -> tuple[Kernel, tuple[int, ...]] | None:
+) -> Launch | None:
     """The same call as a part of a launch of the caller's, which is to run now; see ``LaunchingBackend``. None where
     the handler only knows of calls."""
     launching = getattr(_handler, "launch", None)

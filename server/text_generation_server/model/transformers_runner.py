@@ -9,19 +9,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from text_generation_server.attention.interface import AttentionBackend, LaunchingBackend, LayerSpec, Rotation
-from text_generation_server.cpu_kernels.compiler import Kernel
 from text_generation_server.engine.inputs import ForwardInputs
 from text_generation_server.engine.kv_cache import KVCache
 from text_generation_server.engine.page_touch import PageTouch
 from text_generation_server.model import bridge
 from text_generation_server.model.runner import ModelInfo
 from text_generation_server.model.temperature import Temperature
+
+if TYPE_CHECKING:
+    from text_generation_server.cpu_kernels.compiler import Launch
 
 
 class PagedStep:
@@ -59,9 +61,7 @@ class PagedStep:
             query_HTD,
             key_KTD,
             value_KTE,
-            scaling=_scaling(arguments, query_HTD),
-            softcap=arguments.get("softcap") or 0.0,
-            sinks_H=arguments.get("s_aux"),
+            **_options(arguments, query_HTD),
             **options,
         )
 
@@ -73,7 +73,7 @@ class PagedStep:
         value_KTE: Tensor,
         out_THE: Tensor,
         arguments: dict[str, Any],
-    ) -> tuple[Kernel, tuple[int, ...]] | None:
+    ) -> Launch | None:
         index: int = getattr(module, bridge.LAYER_ATTRIBUTE)
         runner = self.runner
         if runner.launching is None or index in runner.temperatures:
@@ -86,9 +86,7 @@ class PagedStep:
             key_KTD,
             value_KTE,
             out_THE,
-            scaling=_scaling(arguments, query_HTD),
-            softcap=arguments.get("softcap") or 0.0,
-            sinks_H=arguments.get("s_aux"),
+            **_options(arguments, query_HTD),
         )
         if launch is not None:
             self.calls += 1
@@ -96,9 +94,14 @@ class PagedStep:
         return launch
 
 
-def _scaling(arguments: dict[str, Any], query_HTD: Tensor) -> float:
-    scaling: float | None = arguments.get("scaling")
-    return query_HTD.shape[2] ** -0.5 if scaling is None else scaling
+def _options(arguments: dict[str, Any], query_HTD: Tensor) -> dict[str, Any]:
+    """What a back end calls the arguments of an attention call."""
+    scaling = arguments.get("scaling")
+    return {
+        "scaling": query_HTD.shape[2] ** -0.5 if scaling is None else scaling,
+        "softcap": arguments.get("softcap") or 0.0,
+        "sinks_H": arguments.get("s_aux"),
+    }
 
 
 class TransformersRunner:

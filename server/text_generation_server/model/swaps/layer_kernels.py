@@ -46,8 +46,9 @@ class LayerKernels:
             dtype=attention.dtype,
         )
         self._addresses: tuple[int, ...] = ()
-        """That the two launches know, and the single one."""
+        """That the two launches know."""
         self._single_addresses: tuple[int, ...] = ()
+        """That the single launch knows."""
         first_norm, second_norm = (rms_norm.kernel(norm.shape[0], attention.dtype, norm.eps) for norm in norms)
         has_head_norms = attention.kernel_norm_weight is not None
         rotate = rotary.kernel(
