@@ -1,5 +1,5 @@
-"""Paged attention on a processor by kernels that read the cache in place. Prompt chunks are torch's where AMX is
-missing, or the dtype is another than bfloat16.
+"""Paged attention on a processor by kernels that read the cache in place. Prompt chunks are torch's where the dtype is
+another than bfloat16, or heads are not what the kernel for chunks knows.
 
 Shape legend: T tokens of the step, R decode rows, H query heads, K key/value heads, D key width, E value width, S cache
 slots.

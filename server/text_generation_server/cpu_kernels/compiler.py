@@ -26,7 +26,7 @@ class Unavailable(Exception):
 
 def new_code(name: str) -> Code:
     """A kernel to be written for this processor."""
-    return Code(name, has_bfloat16=processor_has("avx512bf16"))
+    return Code(name, has_bfloat16=processor_has("avx512bf16"), has_exponents=processor_has("avx512dq"))
 
 
 class Kernel:

@@ -52,6 +52,7 @@ class _BFloat16(ir.Type):  # type: ignore[misc]
 
 
 _VECTOR_BF16 = ir.VectorType(_BFloat16(), LANES)
+_PAIRS_BF16 = ir.VectorType(_BFloat16(), 2 * LANES)
 
 Number = int | float
 
@@ -203,6 +204,10 @@ class Pointer:
         """The 64 bytes from ``index`` on as a vector of whatever they are, for `transpose`: 32 halves, say."""
         return Value(self.code, self.code.builder.load(self._at(index), align=2, typ=_VECTOR))
 
+    def spread_bits(self, index: Value | int) -> Value:
+        """The 4 bytes from ``index`` on in all lanes, as bits: two halves, say."""
+        return self.code.spread(Value(self.code, self.code.builder.load(self._at(index), align=2, typ=_F32)))
+
     def put_bits(self, index: Value | int, value: Value) -> None:
         self.code.builder.store(value.ir, self._at(index), align=2)
 
@@ -243,9 +248,11 @@ class Variable:
 class Code:
     """A function under construction, ``void (int64 *arguments)``. Its first argument is the number of units taken."""
 
-    def __init__(self, name: str, *, has_bfloat16: bool) -> None:
-        """``has_bfloat16``: the processor rounds to it (AVX512-BF16)."""
+    def __init__(self, name: str, *, has_bfloat16: bool, has_exponents: bool = False) -> None:
+        """``has_bfloat16``: the processor rounds to it, and multiplies pairs of it (AVX512-BF16). ``has_exponents``: it
+        splits numbers at their integers, and scales by powers of two (AVX512-DQ)."""
         self.has_bfloat16 = has_bfloat16
+        self.has_exponents = has_exponents
         self.module = ir.Module(name)
         self.function = ir.Function(self.module, ir.FunctionType(_NOTHING, [_POINTER]), name)
         self._locals = ir.IRBuilder(self.function.append_basic_block("locals"))
@@ -313,6 +320,27 @@ class Code:
         """``left * right + addend``, rounded once where the processor can."""
         kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
         return self.call("llvm.fmuladd.v16f32", kind, left.ir, right.ir, addend.ir)
+
+    def dot_pairs(self, left: Value, right: Value, addend: Value) -> Value:
+        """``addend`` plus, in each lane, the product of the lower bfloat16 numbers and that of the upper ones.
+
+        ``left`` and ``right`` are vectors of bits: each lane holds two numbers.
+        """
+        if self.has_bfloat16:
+            kind = ir.FunctionType(_VECTOR, [_VECTOR, _PAIRS_BF16, _PAIRS_BF16])
+            pairs = [self.builder.bitcast(each.ir, _PAIRS_BF16) for each in (left, right)]
+            return self.call("llvm.x86.avx512bf16.dpbf16ps.512", kind, addend.ir, *pairs)
+        lower = self.multiply_add(self.lower_numbers(left), self.lower_numbers(right), addend)
+        return self.multiply_add(self.upper_numbers(left), self.upper_numbers(right), lower)
+
+    def lower_numbers(self, bits: Value) -> Value:
+        """Of lanes that hold two bfloat16 numbers each, as float32."""
+        pairs = self.builder.bitcast(bits.ir, _VECTOR_I32)
+        return Value(self, self.builder.bitcast(self.builder.shl(pairs, _lanes(16)), _VECTOR))
+
+    def upper_numbers(self, bits: Value) -> Value:
+        pairs = self.builder.bitcast(bits.ir, _VECTOR_I32)
+        return Value(self, self.builder.bitcast(self.builder.and_(pairs, _lanes(-0x10000)), _VECTOR))
 
     def maximum(self, left: Value, right: Value) -> Value:
         """Not-a-number if one of the two is."""
@@ -405,20 +433,33 @@ class Code:
         return rows
 
     def power_of_two(self, x: Value) -> Value:
-        """``2 ** x`` of each lane, to 4 digits, which is more than bfloat16 has; only with AVX512-DQ.
+        """``2 ** x`` of each lane, to 4 digits, which is more than bfloat16 has, for x below 127; 0, or
+        nearly, where that is smaller than all numbers that have all their digits.
 
         Source: the Chebyshev fit of degree 3 to ``2 ** f`` for f in 0 .. 1.
         """
+        if not self.has_exponents:
+            # The exponent that is written for this one, 0, is that of the number 0.
+            x = self.choose(x < -127, self.vector(-127), x)
+            below = self.floor(x)
+            # No conversion: it would say nothing about not-a-number, which the series keeps instead.
+            exponent = self.builder.bitcast((below + (_INTEGERS_FROM + 127)).ir, _VECTOR_I32)
+            scale = Value(self, self.builder.bitcast(self.builder.shl(exponent, _lanes(23)), _VECTOR))
+            return self._power_series(x - below) * scale
         every_lane, nothing = ir.Constant(_I16, -1), self.vector(0).ir
         # Control 1: what is left above the next lower integer. The other instruction takes that integer.
         kind = ir.FunctionType(_VECTOR, [_VECTOR, _I32, _VECTOR, _I16, _I32])
         below, as_set = ir.Constant(_I32, 1), ir.Constant(_I32, 4)
         rest = self.call("llvm.x86.avx512.mask.reduce.ps.512", kind, x.ir, below, nothing, every_lane, as_set)
+        series = self._power_series(rest)
+        kind = ir.FunctionType(_VECTOR, [_VECTOR, _VECTOR, _VECTOR, _I16, _I32])
+        return self.call("llvm.x86.avx512.mask.scalef.ps.512", kind, series.ir, x.ir, nothing, every_lane, as_set)
+
+    def _power_series(self, rest: Value) -> Value:
         series = self.vector(_POWER_SERIES[-1])
         for factor in reversed(_POWER_SERIES[:-1]):
             series = self.multiply_add(series, rest, self.vector(factor))
-        kind = ir.FunctionType(_VECTOR, [_VECTOR, _VECTOR, _VECTOR, _I16, _I32])
-        return self.call("llvm.x86.avx512.mask.scalef.ps.512", kind, series.ir, x.ir, nothing, every_lane, as_set)
+        return series
 
     def sum(self, vector: Value) -> Value:
         """Of all lanes, always in the same order."""
@@ -472,7 +513,7 @@ class Code:
         self.builder.position_at_end(end)
 
     @contextlib.contextmanager
-    def loop(self, stop: Value | int, start: Value | int = 0, step: int = 1) -> Iterator[Value]:
+    def loop(self, stop: Value | int, start: Value | int = 0, step: Value | int = 1) -> Iterator[Value]:
         before = self.builder.block
         head, body, end = (self.builder.append_basic_block(name) for name in ("loop", "body", "end"))
         self.builder.branch(head)
@@ -530,6 +571,8 @@ _POWER_SERIES = tuple(
     .convert(kind=np.polynomial.Polynomial)
     .coef
 )
+_INTEGERS_FROM = 1.5 * 2**23
+"""Sums with this number are whole, and hold what was added to it in their last bits."""
 
 
 def _untyped(pointer: Any) -> Any:

@@ -1,9 +1,9 @@
-"""Attention of prompt chunks in bfloat16 with AMX, straight from the paged cache.
+"""Attention of prompt chunks in bfloat16, straight from the paged cache: with AMX or, without it, vectors.
 
 A unit of work is some parts of a chunk, of 16 queries each, and one key/value head with its query group. Part and query
-head make a member. Keys come in segments: values are put upright once for all members; then, of each member, scores of
-all of a segment's keys, lanes being queries, their weights, and the weighted sum of values. Sums of segments before are
-scaled when a much larger score turns up.
+head make a member. Keys come in segments: values are put upright once for all members, and keys made what products are
+computed from; then, of each member, scores of all of a segment's keys, lanes being queries, their weights, and the
+weighted sum of values. Sums of segments before are scaled when a much larger score turns up.
 
 What a query gets depends on nothing but itself and what it sees: not on the queries that share its unit, nor on where
 its chunk begins.
@@ -16,25 +16,33 @@ Source: FlashAttention, Dao et al. 2022, with longer blocks of keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from text_generation_server.cpu_kernels import paging, tiles
-from text_generation_server.cpu_kernels.compiler import Kernel, new_code
+from text_generation_server.cpu_kernels import paging, tiles, vector_tiles
+from text_generation_server.cpu_kernels.compiler import Kernel, new_code, processor_has
 from text_generation_server.cpu_kernels.decode_attention import Shape
 from text_generation_server.cpu_kernels.language import LANES, Code, Pointer, Value, Variable
 from text_generation_server.cpu_kernels.tiles import NUMBERS, STEP, Tiles
+from text_generation_server.cpu_kernels.vector_tiles import VectorTiles
+
+Registers = Tiles | VectorTiles
+"""What products are computed in."""
 
 SEGMENT = 64
-"""Keys whose scores, weights and values are held at once: nearly all of it in the nearest cache. Measured for 480
-queries behind 2,064 keys, nine query heads of 64 and three of keys: 1.9 ms; with 32 keys 2.1, with 128 2.2."""
+"""Keys whose scores, weights and values are held at once: nearly all of it in the nearest cache. Measured with AMX for
+480 queries behind 2,064 keys, nine query heads of 64 and three of keys: 1.9 ms; with 32 keys 2.1, with 128 2.2."""
+SEGMENT_OF_VECTORS = 32
+"""Without AMX: float32 takes twice the room, and products that nobody needs, of queries with keys behind them in the
+segment, more time. Measured with AVX2 on one core for 128 tokens, heads as above: 0.36 ms, with 64 keys 0.42; for 480
+behind 2,064: 33.5 ms and 34.5."""
 STACK_BYTES = 2**20
 """For queries, values and sums of a unit, at most: a thread has 8 MB, unless it was told otherwise."""
 RESULTS = 4
-"""Tiles for results."""
+"""That are summed up at once: as many as AMX has tiles for."""
 CHAINS = 4
 """Scores that are compared at once."""
 LOG2_E = math.log2(math.e)
@@ -53,10 +61,16 @@ NUM_ARGUMENTS = 13
 
 
 def supports(group: int, key_dim: int, value_dim: int, block_size: int, dtype: torch.dtype) -> bool:
+    """With AMX or without: what is bfloat16, comes in whole tiles and fits the stack."""
     fits = key_dim % STEP == 0 and value_dim % LANES == 0 and value_dim >= STEP and block_size % LANES == 0
     members = group * parts_of_unit(group)
-    fits &= members * LANES * (2 * key_dim + 4 * value_dim) + SEGMENT * 2 * value_dim <= STACK_BYTES
-    return fits and dtype == torch.bfloat16 and tiles.are_available()
+    if tiles.are_available():
+        fits &= members * LANES * (2 * key_dim + 4 * value_dim) + SEGMENT * 2 * value_dim <= STACK_BYTES
+    else:
+        size = vector_tiles.best_dtype(has_bfloat16=processor_has("avx512bf16")).itemsize
+        queries_and_sums = members * LANES * (size * key_dim + 4 * value_dim)
+        fits &= queries_and_sums + SEGMENT_OF_VECTORS * size * (key_dim + value_dim) <= STACK_BYTES
+    return fits and dtype == torch.bfloat16
 
 
 def parts_of_unit(group: int) -> int:
@@ -97,10 +111,13 @@ def plan_chunks(
 class PrefillAttention:
     """The kernel of one shape and one window."""
 
-    def __init__(self, shape: Shape, *, window: int, chunk: int) -> None:
-        """``window`` and ``chunk`` as in ``attention/interface.py: LayerSpec``."""
+    def __init__(
+        self, shape: Shape, *, window: int, chunk: int, registers: Callable[[Code], Registers] | None = None
+    ) -> None:
+        """``window`` and ``chunk`` as in ``attention/interface.py: LayerSpec``; ``registers``: if not the best there
+        are."""
         self.shape = shape
-        self._kernel = _compiled(shape, window, chunk)
+        self._kernel = _compiled(shape, window, chunk, registers or best_registers())
 
     def __call__(
         self,
@@ -132,18 +149,19 @@ class PrefillAttention:
         )
 
 
-def _compiled(shape: Shape, window: int, chunk: int) -> Kernel:
+def best_registers() -> Callable[[Code], Registers]:
+    return Tiles if tiles.are_available() else VectorTiles
+
+
+def _compiled(shape: Shape, window: int, chunk: int, new_registers: Callable[[Code], Registers]) -> Kernel:
     code = new_code("prefill_attention")
     units, tables = code.tensor(2, torch.int64), code.tensor(3, torch.int64)
-    shapes_of_others = Tiles.save(code)
-    registers = Tiles(code)
-    registers.shape(code.arguments[13])
-    with code.units(code.arguments[1] * shape.kv_heads) as number:
+    registers = new_registers(code)
+    with registers.shaped(code.arguments[13]), code.units(code.arguments[1] * shape.kv_heads) as number:
         unit = units + (number // shape.kv_heads) * UNIT_FIELDS
         row, token, count, position = (unit[field] for field in range(UNIT_FIELDS))
         table = tables + row * code.arguments[4]
         _Unit(code, registers, shape, number % shape.kv_heads, table, token, count, position).attend(window, chunk)
-    Tiles.restore(code, shapes_of_others)
     return Kernel(code, num_arguments=NUM_ARGUMENTS)
 
 
@@ -153,7 +171,7 @@ class _Unit:
     def __init__(
         self,
         code: Code,
-        registers: Tiles,
+        registers: Registers,
         shape: Shape,
         head: Value,
         table: Pointer,
@@ -164,6 +182,7 @@ class _Unit:
         self.code, self.registers, self.shape = code, registers, shape
         self.head, self.table, self.token, self.count = head, table, token, count
         self.position, self.stop = position, position + count
+        self.segment = SEGMENT if isinstance(registers, Tiles) else SEGMENT_OF_VECTORS
         num_slots = code.arguments[10]
         self.keys = code.tensor(8, shape.dtype) + head * num_slots * shape.key_dim
         self.values = code.tensor(9, shape.dtype) + head * num_slots * shape.value_dim
@@ -174,12 +193,14 @@ class _Unit:
         """Of values: as many as there are tiles for their sums."""
         most = shape.group * parts_of_unit(shape.group)
         self.members = (count + (LANES - 1)) // LANES * shape.group
-        self.query_pairs = code.scratch(most * self.key_steps * NUMBERS // 2).of(shape.dtype)
-        self.upright = code.scratch(SEGMENT // STEP * self.value_tiles * NUMBERS // 2).of(shape.dtype)
-        """Values: a row is 32 tokens' numbers of one place in them."""
-        self.scores = code.scratch(2 * SEGMENT * LANES)
+        self.query_pairs = self._tiles(most * self.key_steps)
+        self.upright = self._tiles(self.segment // STEP * self.value_tiles)
+        """Values: a row is 32 tokens' numbers of one place in them, or places lie side by side."""
+        self.ready_keys = None if registers.reads_in_place else self._tiles(self.segment // LANES * self.key_steps)
+        """Keys, if products are not computed from the cache's."""
+        self.scores = code.scratch(2 * self.segment * LANES)
         """Of one member, and of the next one."""
-        self.weights = code.scratch(2 * SEGMENT // STEP * NUMBERS // 2).of(shape.dtype)
+        self.weights = self._tiles(2 * self.segment // STEP)
         """Of one member, and of the one before."""
         self.largest = code.scratch(most * LANES)
         """Score that weights are relative to."""
@@ -188,6 +209,11 @@ class _Unit:
         """Of each member, place by place."""
         self.has_late_scale = not shape.softcap and shape.scaling > 0
         """Scores are compared as they are, and scaled where their weights are computed."""
+
+    def _tiles(self, count: int) -> Pointer:
+        """Room for rows or pairs."""
+        dtype = self.registers.dtype
+        return self.code.scratch(count * NUMBERS * dtype.itemsize // 4).of(dtype)
 
     def attend(self, window: int, chunk: int) -> None:
         code, shape = self.code, self.shape
@@ -203,11 +229,13 @@ class _Unit:
             self.totals.put(member * LANES, code.vector(0))
             with code.loop(LANES * shape.value_dim, step=LANES) as place:
                 self.sums.put(member * (LANES * shape.value_dim) + place, code.vector(0))
-        with code.loop(self.stop, first // SEGMENT * SEGMENT, step=SEGMENT) as begin:
-            steps = (code.smaller(self.stop - begin, code.integer(SEGMENT)) + (STEP - 1)) // STEP
+        with code.loop(self.stop, first // self.segment * self.segment, step=self.segment) as begin:
+            steps = (code.smaller(self.stop - begin, code.integer(self.segment)) + (STEP - 1)) // STEP
             with code.loop(steps) as step:
                 self._load_values(begin, step, first)
-                self._ask_for((begin + SEGMENT) // LANES + step * 2)
+                if self.ready_keys is not None:
+                    self._load_keys(self.ready_keys, begin, step)
+                self._ask_for((begin + self.segment) // LANES + step * 2)
             # Parts that end before the segment see nothing of it.
             passed = code.choose(begin > self.position, (begin - self.position) // LANES, code.integer(0))
             start = passed * shape.group
@@ -248,7 +276,8 @@ class _Unit:
                 token = self.token + code.smaller(part + query, self.count - 1)
                 rows.append((source + token * code.arguments[7]).bits(step * STEP))
             for pair, upright in enumerate(code.transpose(rows)):
-                self.query_pairs.put_bits((member * self.key_steps + step) * NUMBERS + pair * STEP, upright)
+                target = self.query_pairs + ((member * self.key_steps + step) * NUMBERS + pair * STEP)
+                self.registers.put_pairs(target, upright)
 
     def _slot(self, tile: Value) -> Value:
         """Of the last tile if there is no such."""
@@ -261,12 +290,11 @@ class _Unit:
         position = begin + step * STEP
         slots = [self._slot(position // LANES + half) for half in range(2)]
         all_seen = (position >= first).both(position + STEP <= self.stop)
+        put = self._put_upright if self.registers.reads_in_place else self._put_side_by_side
         with code.when(all_seen):
-            self._put_upright(step, slots, None)
+            put(step, slots, None)
         with code.when(code.opposite(all_seen)):
-            self._put_upright(
-                step, slots, [(position + token >= first).both(position + token < self.stop) for token in range(STEP)]
-            )
+            put(step, slots, [(position + token >= first).both(position + token < self.stop) for token in range(STEP)])
 
     def _put_upright(self, step: Value, slots: list[Value], seen: list[Value] | None) -> None:
         """Neighbours in a row are a token and the one 16 behind it, as of the weights."""
@@ -284,8 +312,33 @@ class _Unit:
                 halves.append(code.transpose(rows))
             target = self.upright + (step * width + first) * STEP
             for pair, (upper, lower) in enumerate(zip(*halves, strict=True)):
-                target.put_bits(2 * pair * STEP, code.lower_halves(upper, lower))
-                target.put_bits((2 * pair + 1) * STEP, code.upper_halves(upper, lower))
+                self.registers.put_pairs(target + 2 * pair * STEP, code.lower_halves(upper, lower))
+                self.registers.put_pairs(target + (2 * pair + 1) * STEP, code.upper_halves(upper, lower))
+
+    def _put_side_by_side(self, step: Value, slots: list[Value], seen: list[Value] | None) -> None:
+        """A token's numbers of 16 places, and then those of the one 16 behind it."""
+        code, width = self.code, self.shape.value_dim
+        sources = [self.values + slot * width for slot in slots]
+        with code.loop(self.value_tiles) as tile:
+            target = self.upright + (step * self.value_tiles + tile) * NUMBERS
+            for token in range(LANES):
+                pair = [source.vector(tile * LANES + token * width) for source in sources]
+                if seen is not None:
+                    kept = seen[token::LANES]
+                    pair = [code.choose(keep, each, code.vector(0)) for keep, each in zip(kept, pair, strict=True)]
+                self.registers.put_numbers(target + token * STEP, *pair)
+
+    def _load_keys(self, ready_keys: Pointer, begin: Value, step: Value) -> None:
+        """32 keys as tiles of rows."""
+        code = self.code
+        with code.loop(2) as half, code.loop(LANES) as row:
+            key = self._keys_at(begin, step, half) + row * self.shape.key_dim
+            for part in range(self.key_steps):
+                target = ready_keys + ((step * 2 + half) * self.key_steps + part) * NUMBERS
+                self.registers.put_pairs(target + row * STEP, key.bits(part * STEP))
+
+    def _keys_at(self, begin: Value, step: Value, half: Value | int) -> Pointer:
+        return self.keys + self._slot(begin // LANES + step * 2 + half) * self.shape.key_dim
 
     def _ask_for(self, tile: Value) -> None:
         """Have the keys and values of the next segment brought nearer."""
@@ -298,24 +351,26 @@ class _Unit:
 
     def _score(self, member: Value, begin: Value, step: Value) -> None:
         """32 keys with a member's queries: rows are keys."""
-        registers, width = self.registers, self.shape.key_dim
         scores = self._scores_of(member)
-        for half in range(2):
-            registers.zero(half)
-        keys = [self.keys + self._slot(begin // LANES + step * 2 + half) * width for half in range(2)]
-        for part in range(self.key_steps):
-            registers.load(6, self.query_pairs + (member * self.key_steps + part) * NUMBERS, 2 * STEP)
-            for half in range(2):
-                registers.load(4 + half, keys[half] + part * STEP, 2 * width)
-                registers.multiply(half, 4 + half, 6)
-        for half in range(2):
-            registers.store(half, scores + (step * 2 + half) * (LANES * LANES), 4 * LANES)
+        if self.ready_keys is None:
+            keys = [self._keys_at(begin, step, half) for half in range(2)]
+        else:
+            keys = [self.ready_keys + (step * 2 + half) * (self.key_steps * NUMBERS) for half in range(2)]
+        self.registers.add_products(
+            [scores + (step * 2 + half) * (LANES * LANES) for half in range(2)],
+            keys,
+            self.query_pairs + member * (self.key_steps * NUMBERS),
+            steps=self.key_steps,
+            row_numbers=self.shape.key_dim if self.ready_keys is None else STEP,
+            step_numbers=STEP if self.ready_keys is None else NUMBERS,
+            is_new=True,
+        )
 
     def _weights_of(self, member: Value) -> Pointer:
-        return self.weights + member % 2 * (SEGMENT // STEP * NUMBERS)
+        return self.weights + member % 2 * (self.segment // STEP * NUMBERS)
 
     def _scores_of(self, member: Value) -> Pointer:
-        return self.scores + member % 2 * (SEGMENT * LANES)
+        return self.scores + member % 2 * (self.segment * LANES)
 
     def _soften(
         self, start: Value, member: Value, begin: Value, steps: Value, seen: Value | None, lanes: Value
@@ -368,15 +423,15 @@ class _Unit:
                 with code.when((member > start).both(step.equals(turn))):
                     self._add_values(member - 1, steps, value_tiles)
             for place in range(LANES):
-                halves = []
+                pair = []
                 for half in range(2):
                     scores = own.vector((step * STEP + half * LANES + place) * LANES)
                     weights = code.power_of_two(code.multiply_add(scores, code.vector(scale), lowered))
                     if seen is not None:  # a query that has seen nothing yet has nothing to compare with
                         weights = code.choose(scores.equals(_HIDDEN), code.vector(0), weights)
                     totals[half].set(totals[half].get() + weights)
-                    halves.append(code.to_half(weights))
-                self._weights_of(member).put_bits(step * NUMBERS + place * STEP, code.upper_halves(*halves))
+                    pair.append(weights)
+                self.registers.put_numbers(self._weights_of(member) + (step * NUMBERS + place * STEP), *pair)
         self.totals.put(member * LANES, totals[0].get() + totals[1].get())
 
     def _keep_higher(self, highest: Variable, scores: Value) -> None:
@@ -401,17 +456,15 @@ class _Unit:
         return capped * (shape.softcap * LOG2_E)
 
     def _add_values(self, member: Value, steps: Value, value_tiles: range) -> None:
-        registers, weights = self.registers, self._weights_of(member)
-        sums = [self.sums + (member * self.value_tiles + tile) * (LANES * LANES) for tile in value_tiles]
-        for place, target in enumerate(sums):
-            registers.load(place, target, 4 * LANES)
-        with self.code.loop(steps) as step:
-            registers.load(6, weights + step * NUMBERS, 2 * STEP)
-            for place, tile in enumerate(value_tiles):
-                registers.load(4 + place % 2, self.upright + (step * self.value_tiles + tile) * NUMBERS, 2 * STEP)
-                registers.multiply(place, 4 + place % 2, 6)
-        for place, target in enumerate(sums):
-            registers.store(place, target, 4 * LANES)
+        self.registers.add_products(
+            [self.sums + (member * self.value_tiles + tile) * (LANES * LANES) for tile in value_tiles],
+            [self.upright + tile * NUMBERS for tile in value_tiles],
+            self._weights_of(member),
+            steps=steps,
+            row_numbers=STEP if self.registers.reads_in_place else 1,
+            step_numbers=self.value_tiles * NUMBERS,
+            is_new=False,
+        )
 
     def _finish(self, member: Value) -> None:
         """Divide by the sum of the weights, which a sink adds to, and store."""

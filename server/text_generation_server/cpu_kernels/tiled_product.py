@@ -1,146 +1,65 @@
-"""Products of bfloat16 rows with weights that are packed once, and what follows them while results are at hand.
+"""Products of bfloat16 rows with packed weights by AMX.
 
-The weights lie in the order in which they are read: panels of 32 outputs, in these steps of 32 inputs, in these two
-tiles of 16 outputs, in these pairs of inputs. That is what AMX multiplies with: without it the products are oneDNN's.
-Any number of rows is multiplied as it is, and a number not seen before costs nothing.
-
-Shape legend: M rows, K inputs, N outputs.
+Source: see ``tiles.py``.
 """
 
 from __future__ import annotations
 
-import enum
 import functools
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from text_generation_server.cpu_kernels import tiles
 from text_generation_server.cpu_kernels.compiler import Kernel, new_code
 from text_generation_server.cpu_kernels.language import LANES, Code, Value
-from text_generation_server.cpu_kernels.tiles import STEP, Tiles
+from text_generation_server.cpu_kernels.panels import (
+    LINES,
+    NUM_ARGUMENTS,
+    PANEL,
+    PANELS_PER_UNIT,
+    STEP,
+    Epilogue,
+    Method,
+    Operands,
+)
+from text_generation_server.cpu_kernels.tiles import Tiles
 
-PANEL = 2 * LANES
-"""Outputs of a unit of work, and rows that are multiplied at once: two tiles by two."""
 ROWS_PER_UNIT = 128
-"""Rows that a thread multiplies with a panel that it has once read. Measured for all products of a model of 135M
-parameters, processor time of one core: 128 rows take 42 ms in units of 64, 38 ms in units of 128; 512 rows take 117 ms
-in these, 133 ms in units of 256."""
+"""Rows that a thread multiplies with a panel that it has once read, 32 at once: two tiles by two. Measured for all
+products of a model of 135M parameters, processor time of one core: 128 rows take 42 ms in units of 64, 38 ms in units
+of 128; 512 rows take 117 ms in these, 133 ms in units of 256."""
 INPUTS_PER_CHUNK = 2048
 """Inputs after which other rows and other outputs have their turn, where there are more than `PANEL` rows: with so many
 inputs at a time rows and weights fit the second cache together. Measured on 2 cores, 512 rows of 8,192 inputs, 2,048
 outputs: 8.7 ms, with chunks of 4,096 inputs 9.8, and 14.0 with fewer rows in a unit instead."""
 NEAR = 16 * STEP
 """Inputs by which weights are asked for ahead, where they are used once: a whole panel would be too long before."""
-PANELS_PER_UNIT = 16
-LINES = 32
-"""Of the cache, 64 bytes each, that a step of 32 inputs of a panel fills."""
-UNITS_PER_THREAD = 4
-"""At least, where there are as many panels: who is done takes another."""
 
 
-class Epilogue(enum.Enum):
-    NONE = "x"
-    ADD = "x + other"
-    GATED = "silu(gate) * up"
-    """Outputs alternate: 16 of the gate, 16 of what it is multiplied with."""
-
-
-def supports(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> bool:
-    fits = num_outputs % PANEL == 0 and num_inputs % STEP == 0
-    return fits and dtype == torch.bfloat16 and tiles.are_available()
-
-
-def pack(weight_NK: Tensor) -> Tensor:
-    """In the order described above, flat."""
-    num_outputs, num_inputs = weight_NK.shape
-    parts = weight_NK.reshape(num_outputs // PANEL, 2, LANES, num_inputs // STEP, STEP // 2, 2)
-    return parts.permute(0, 3, 1, 4, 2, 5).contiguous().flatten()
-
-
-def pack_gated(gate_NK: Tensor, up_NK: Tensor) -> Tensor:
-    """For ``Epilogue.GATED``."""
-    num_outputs, num_inputs = gate_NK.shape
-    pairs = torch.stack((gate_NK.view(-1, LANES, num_inputs), up_NK.view(-1, LANES, num_inputs)), 1)
-    return pack(pairs.view(2 * num_outputs, num_inputs))
-
-
-class TiledProduct:
-    """``epilogue(x @ weight.T + bias)`` for one packed weight."""
-
-    def __init__(self, packed: Tensor, num_inputs: int, bias_N: Tensor | None, epilogue: Epilogue) -> None:
-        """``packed`` is `pack`'s, or `pack_gated`'s, which has no bias."""
-        assert bias_N is None or epilogue is not Epilogue.GATED
-        self.packed = packed
-        self.num_inputs = num_inputs
-        self.width = packed.numel() // num_inputs // (2 if epilogue is Epilogue.GATED else 1)
-        self.bias_N = None if bias_N is None else bias_N.float().contiguous()
-        self.kernel = _kernel(epilogue, self.bias_N is not None)
-        self.num_panels = packed.numel() // num_inputs // PANEL
-
-    def __call__(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        """[..., K] -> [..., N], or half as many when gated; bfloat16. ``other`` has the result's shape."""
-        x = x.contiguous()
-        out = x.new_empty((*x.shape[:-1], self.width))
-        other = None if other is None else other.contiguous()
-        assert x.dtype == torch.bfloat16
-        assert x.shape[-1] == self.num_inputs
-        assert other is None or (other.shape == out.shape and other.dtype == x.dtype)
-        num_rows = x.numel() // self.num_inputs
-        addresses = x.data_ptr(), out.data_ptr(), 0 if other is None else other.data_ptr()
-        self.kernel(*self.arguments(num_rows, *addresses), units=self.units(num_rows))
-        return out
-
-    def _panels_per_unit(self, num_rows: int) -> int:
-        """Few enough for all threads to be busy to the end: a thread takes several units, one after the other."""
-        units = UNITS_PER_THREAD * torch.get_num_threads()
-        return max(1, min(PANELS_PER_UNIT, self.num_panels * _num_parts(num_rows) // units))
-
-    def units(self, num_rows: int) -> int:
-        return _num_parts(num_rows) * -(-self.num_panels // self._panels_per_unit(num_rows))
-
-    def arguments(self, num_rows: int, x: int, out: int, other: int = 0) -> tuple[int, ...]:
-        """The kernel's, for rows at the address ``x``. ``other`` may be ``out``: then the product is added to it."""
-        return (
-            x,
-            self.packed.data_ptr(),
-            out,
-            0 if self.bias_N is None else self.bias_N.data_ptr(),
-            other,
-            num_rows,
-            self.num_inputs,
-            self.num_panels,
-            self._panels_per_unit(num_rows),
-            self.units(num_rows),
-            tiles.shapes(PANEL).data_ptr(),
-            tiles.shapes(num_rows % PANEL or PANEL).data_ptr(),
-            self.num_inputs if num_rows <= PANEL else min(self.num_inputs, INPUTS_PER_CHUNK),
-        )
-
-
-def _num_parts(num_rows: int) -> int:
-    return -(-num_rows // ROWS_PER_UNIT)
-
-
-NUM_ARGUMENTS = 13
+def _own_arguments(num_rows: int, num_inputs: int) -> tuple[int, ...]:
+    return (
+        tiles.shapes(PANEL).data_ptr(),
+        tiles.shapes(num_rows % PANEL or PANEL).data_ptr(),
+        num_inputs if num_rows <= PANEL else min(num_inputs, INPUTS_PER_CHUNK),
+    )
 
 
 @functools.cache
-def _kernel(epilogue: Epilogue, has_bias: bool) -> Kernel:
+def kernel(epilogue: Epilogue, has_bias: bool) -> Kernel:
     code = new_code("tiled_product")
-    num_rows, num_panels, panels_per_unit = (code.arguments[number] for number in (6, 8, 9))
+    operands = Operands(code)
     shapes_of_others = Tiles.save(code)
-    num_parts = (num_rows + (ROWS_PER_UNIT - 1)) // ROWS_PER_UNIT
-    with code.units(code.arguments[10]) as unit:
-        first_panel = (unit // num_parts) * panels_per_unit
-        stop_panel = code.smaller(first_panel + panels_per_unit, num_panels)
+    num_parts = (operands.num_rows + (ROWS_PER_UNIT - 1)) // ROWS_PER_UNIT
+    with code.units(operands.num_units) as unit:
+        first_panel = (unit // num_parts) * operands.panels_per_unit
+        stop_panel = code.smaller(first_panel + operands.panels_per_unit, operands.num_panels)
         first_row = unit % num_parts * ROWS_PER_UNIT
-        stop_row = code.smaller(first_row + ROWS_PER_UNIT, num_rows)
-        _Unit(code, epilogue, first_panel, stop_panel, first_row, stop_row, has_bias=has_bias).multiply()
+        stop_row = code.smaller(first_row + ROWS_PER_UNIT, operands.num_rows)
+        _Unit(code, operands, epilogue, first_panel, stop_panel, first_row, stop_row, has_bias=has_bias).multiply()
     Tiles.restore(code, shapes_of_others)
-    return Kernel(code, num_arguments=NUM_ARGUMENTS)
+    return Kernel(code, num_arguments=NUM_ARGUMENTS + 3)
 
+
+METHOD = Method(rows_per_unit=ROWS_PER_UNIT, kernel=kernel, own_arguments=_own_arguments)
 
 SUMS = 2 * PANEL * PANEL
 """Behind so many results come the sums of blocks."""
@@ -178,6 +97,7 @@ class _Unit:
     def __init__(
         self,
         code: Code,
+        operands: Operands,
         epilogue: Epilogue,
         first_panel: Value,
         stop_panel: Value,
@@ -186,12 +106,13 @@ class _Unit:
         *,
         has_bias: bool,
     ) -> None:
-        self.code, self.epilogue, self.has_bias = code, epilogue, has_bias
+        self.code, self.operands, self.epilogue, self.has_bias = code, operands, epilogue, has_bias
         self.first_panel, self.stop_panel, self.first_row, self.stop_row = first_panel, stop_panel, first_row, stop_row
         self.registers = Tiles(code)
-        self.num_inputs, self.inputs_per_chunk = code.arguments[7], code.arguments[13]
-        self.rows, self.weights = code.tensor(1, torch.bfloat16), code.tensor(2, torch.bfloat16)
-        self.width = code.arguments[8] * (LANES if epilogue is Epilogue.GATED else PANEL)
+        self.rows, self.weights, self.num_inputs = operands.rows, operands.weights, operands.num_inputs
+        self.full_shape, self.last_shape, self.inputs_per_chunk = (
+            code.arguments[NUM_ARGUMENTS + number] for number in (1, 2, 3)
+        )
         self.results = code.scratch(SUMS + PANELS_PER_UNIT * ROWS_PER_UNIT * PANEL)
         """Of the block that is multiplied, and of the one before it; behind them sums of all blocks over the chunks
         there were."""
@@ -236,7 +157,7 @@ class _Unit:
 
     def _shape(self, num_rows: Value) -> None:
         """As high as there are rows, for a block that is not full."""
-        self.registers.shape(self.code.choose(num_rows >= PANEL, self.code.arguments[11], self.code.arguments[12]))
+        self.registers.shape(self.code.choose(num_rows >= PANEL, self.full_shape, self.last_shape))
 
     def _multiply_tiles(self, block: _Block, halves: int) -> None:
         """16 rows, or 32, with a chunk of a panel."""
@@ -279,20 +200,4 @@ class _Unit:
         row, panel = self.done_row.get(), self.done_panel.get()
         with code.loop(stop, first) as each:
             sums = [waiting.vector(each * PANEL + place) for place in range(0, PANEL, LANES)]
-            self._store(row + each, panel, sums)
-
-    def _store(self, row: Value, panel: Value, results: list[Value]) -> None:
-        code = self.code
-        if self.has_bias:
-            bias = code.tensor(4, torch.float32) + panel * PANEL
-            results = [result + bias.vector(place * LANES) for place, result in enumerate(results)]
-        if self.epilogue is Epilogue.GATED:
-            gate, up = results
-            results = [gate / (code.exp(0 - gate) + 1) * up]
-        begin = row * self.width + panel * (len(results) * LANES)
-        if self.epilogue is Epilogue.ADD:
-            other = code.tensor(5, torch.bfloat16) + begin
-            results = [result + other.vector(place * LANES) for place, result in enumerate(results)]
-        out = code.tensor(3, torch.bfloat16) + begin
-        for place, result in enumerate(results):
-            out.put(place * LANES, result)
+            self.operands.store(code, self.epilogue, row + each, panel, sums, has_bias=self.has_bias)

@@ -5,8 +5,10 @@ Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 1, 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,6 +32,11 @@ def are_available() -> bool:
 
 class Tiles:
     """Results in tiles 0 to 3, what they are products of in 4 to 7."""
+
+    dtype = torch.bfloat16
+    """Of rows and pairs."""
+    reads_in_place = True
+    """Rows may lie where others have put them."""
 
     def __init__(self, code: Code) -> None:
         self.code = code
@@ -67,6 +74,56 @@ class Tiles:
         pairs of what is summed over, [16, 16, 2]."""
         tiles = (_tile(number) for number in (result, rows, pairs))
         self.code.call("llvm.x86.tdpbf16ps", _kind("ttt"), *tiles)
+
+    # -- the words that processors without AMX know as well: `vector_tiles.VectorTiles` -----------------------------
+
+    @contextlib.contextmanager
+    def shaped(self, address: Value) -> Iterator[None]:
+        """Tiles have the `shapes` inside, and those of others behind."""
+        of_others = self.save(self.code)
+        self.shape(address)
+        yield
+        self.restore(self.code, of_others)
+
+    def put_pairs(self, place: Pointer, bits: Value) -> None:
+        """Make 16 pairs of bfloat16 numbers a row of a tile."""
+        place.put_bits(0, bits)
+
+    def put_numbers(self, place: Pointer, lower: Value, upper: Value) -> None:
+        """Make float32 numbers a row of pairs, rounded; not-a-number as `Code.to_half` has it."""
+        place.put_bits(0, self.code.upper_halves(self.code.to_half(lower), self.code.to_half(upper)))
+
+    def add_products(
+        self,
+        sums: list[Pointer],
+        rows: list[Pointer],
+        pairs: Pointer,
+        *,
+        steps: Value | int,
+        row_numbers: int,
+        step_numbers: int,
+        is_new: bool,
+    ) -> None:
+        """For up to 4 results, the sum over steps of 16 rows of 32 numbers times a tile of pairs.
+
+        ``sums``: float32 [16, 16] each; what is there already is added to unless it ``is_new``. ``rows``: those of the
+        first step, ``row_numbers`` from one to the next, ``step_numbers`` to the next step's. ``pairs``: tiles of
+        [16 pairs, 16 lanes, 2], one behind another.
+        """
+        for result, target in enumerate(sums):
+            if is_new:
+                self.zero(result)
+            else:
+                self.load(result, target, 4 * LANES)
+        with contextlib.ExitStack() as loop:
+            each = range(steps) if isinstance(steps, int) else [loop.enter_context(self.code.loop(steps))]
+            for step in each:
+                self.load(6, pairs + step * NUMBERS, 2 * STEP)
+                for result, place in enumerate(rows):
+                    self.load(4 + result % 2, place + step * step_numbers, 2 * row_numbers)
+                    self.multiply(result, 4 + result % 2, 6)
+        for result, target in enumerate(sums):
+            self.store(result, target, 4 * LANES)
 
 
 def _kind(arguments: str) -> Any:

@@ -25,7 +25,7 @@ from text_generation_server.engine.memory import ModelSizes
 from text_generation_server.errors import first_line
 from text_generation_server.model import bridge, checkpoint, parallel
 from text_generation_server.model.architecture import Architecture, read_architecture, refused
-from text_generation_server.model.dtypes import resolve_dtype
+from text_generation_server.model.dtypes import has_products, resolve_dtype
 from text_generation_server.model.live_bytes import LiveBytes
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,12 @@ def survey(config: ShardConfig, folder: Path, device_type: str, *, kv_dtype: tor
     ``kv_dtype``: of the cache, if it is not the model's. Raises: ConfigError if the model cannot be served.
     """
     architecture = read_architecture(config, folder)
-    dtype = resolve_dtype(config.dtype, _stored_dtype(config, folder, architecture), torch.device(device_type))
+    dtype = resolve_dtype(
+        config.dtype,
+        _stored_dtype(config, folder, architecture),
+        torch.device(device_type),
+        has_products=has_products(config, architecture.text_config),
+    )
     if config.world_size > 1:
         parallel.check_splittable(
             architecture.config, architecture.text_config, architecture.model_type, config.world_size

@@ -22,7 +22,7 @@ from text_generation_server.errors import first_line
 from text_generation_server.model import bridge, checkpoint, parallel, probe, temperature
 from text_generation_server.model.architecture import Architecture, read_architecture, refused
 from text_generation_server.model.bridge import Unservable
-from text_generation_server.model.dtypes import resolve_dtype, resolve_kv_dtype
+from text_generation_server.model.dtypes import has_products, resolve_dtype, resolve_kv_dtype
 from text_generation_server.model.runner import ModelInfo
 from text_generation_server.model.swaps import table as swaps
 from text_generation_server.model.transformers_runner import TransformersRunner
@@ -52,7 +52,12 @@ def load_model(
     architecture = read_architecture(config, folder)
     registry.candidates(config.attention, group.device)
     model_type = architecture.model_type
-    dtype = resolve_dtype(config.dtype, checkpoint.stored_dtype(folder, architecture.raw), group.device)
+    dtype = resolve_dtype(
+        config.dtype,
+        checkpoint.stored_dtype(folder, architecture.raw),
+        group.device,
+        has_products=has_products(config, architecture.text_config),
+    )
     model = _load(folder, architecture, dtype, group, progress)
     try:
         return _prepare(config, folder, architecture, model, dtype, group, progress, frozenset(without_swaps))

@@ -23,7 +23,7 @@ needs_kernels = pytest.mark.skipif(
 BLOCK_SIZE = 16
 PLAIN = LayerSpec(query_heads=4, kv_heads=2, key_dim=16, value_dim=16)
 WIDE = dataclasses.replace(PLAIN, key_dim=32, value_dim=32)
-"""Wide enough for chunks to be computed by a kernel too, in bfloat16 where there is AMX."""
+"""Wide enough for chunks to be computed by a kernel too, in bfloat16."""
 
 check = functools.partial(paged_attention.check, LlvmPaged, block_size=BLOCK_SIZE)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import llvmlite.binding as llvm
 import pytest
 import torch
 from text_generation_server.cpu_kernels import compiler
@@ -24,12 +25,29 @@ ROUNDINGS = [
         marks=pytest.mark.skipif(not compiler.processor_has("avx512bf16"), reason="the processor has no AVX512-BF16"),
     ),
 ]
+POWERS = [
+    pytest.param(False, id="by integer arithmetic"),
+    pytest.param(
+        True,
+        id="by the processor",
+        marks=pytest.mark.skipif(not compiler.processor_has("avx512dq"), reason="the processor has no AVX512-DQ"),
+    ),
+]
 SMALLEST_NORMAL = 2.0**-126
 
 
-def run(write: Callable[[Code], None], *arguments: Tensor | int, has_bfloat16: bool | None = None) -> None:
+def run(
+    write: Callable[[Code], None],
+    *arguments: Tensor | int,
+    has_bfloat16: bool | None = None,
+    has_exponents: bool | None = None,
+) -> None:
     """Compile a kernel and run it once, on one thread; its arguments are counted from 1."""
-    code = compiler.new_code("tested") if has_bfloat16 is None else Code("tested", has_bfloat16=has_bfloat16)
+    code = compiler.new_code("tested")
+    if has_bfloat16 is not None:
+        code.has_bfloat16 = has_bfloat16
+    if has_exponents is not None:
+        code.has_exponents = has_exponents
     write(code)
     kernel = Kernel(code, num_arguments=len(arguments))
     kernel(*(each.data_ptr() if isinstance(each, Tensor) else each for each in arguments), units=1)
@@ -41,6 +59,7 @@ def mapped(
     *,
     dtype: torch.dtype = torch.float32,
     has_bfloat16: bool | None = None,
+    has_exponents: bool | None = None,
 ) -> Tensor:
     """``function`` of 16 numbers at a time, stored as ``dtype``."""
     size = x.numel()
@@ -52,7 +71,7 @@ def mapped(
         with code.loop(code.arguments[3], step=LANES) as place:
             target.put(place, function(code, source.vector(place)))
 
-    run(write, filled, out, filled.numel(), has_bfloat16=has_bfloat16)
+    run(write, filled, out, filled.numel(), has_bfloat16=has_bfloat16, has_exponents=has_exponents)
     return out[:size]
 
 
@@ -330,6 +349,51 @@ def test_the_sums_of_16_vectors_lie_in_their_lanes() -> None:
     assert out.tolist() == x.sum(1).tolist()
 
 
+# -- pairs -----------------------------------------------------------------------------------------------------------
+
+
+PAIRS_AND_SUMS = (torch.bfloat16, torch.bfloat16, torch.float32)
+
+
+def write_dot_pairs(code: Code) -> None:
+    """One pair of the first argument with 16 of the second, added to the third."""
+    left, right, out = (code.tensor(1 + place, dtype) for place, dtype in enumerate(PAIRS_AND_SUMS))
+    out.put(0, code.dot_pairs(left.spread_bits(2), right.bits(0), out.vector(0)))
+
+
+@pytest.mark.parametrize("has_bfloat16", ROUNDINGS)
+def test_products_of_pairs_are_added(has_bfloat16: bool) -> None:
+    torch.manual_seed(0)
+    left, right, out = torch.randn(32).bfloat16(), torch.randn(32).bfloat16(), torch.randn(LANES)
+    right[5] = math.nan
+    expected = out.double() + (left[2:4].double() * right.view(LANES, 2).double()).sum(1)
+    run(write_dot_pairs, left, right, out, has_bfloat16=has_bfloat16)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert out.isnan().tolist() == [lane == 2 for lane in range(LANES)]
+
+
+def test_products_of_pairs_are_one_instruction_where_there_is_one() -> None:
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    target = llvm.Target.from_triple("x86_64-unknown-linux-gnu")
+    code = Code("tested", has_bfloat16=True)
+    write_dot_pairs(code)
+    assembly = target.create_target_machine(cpu="znver4").emit_assembly(llvm.parse_assembly(code.finish()))
+    assert assembly.count("vdpbf16ps") == 1
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_the_numbers_of_pairs(half: int) -> None:
+    x, out = torch.randn(32, generator=torch.Generator().manual_seed(0)).bfloat16(), torch.zeros(LANES)
+
+    def write(code: Code) -> None:
+        bits = code.tensor(1, torch.bfloat16).bits(0)
+        code.tensor(2, torch.float32).put(0, code.upper_numbers(bits) if half else code.lower_numbers(bits))
+
+    run(write, x, out)
+    assert torch.equal(out, x[half::2].float())
+
+
 # -- flow ------------------------------------------------------------------------------------------------------------
 
 
@@ -503,12 +567,13 @@ def test_a_condition_may_differ_from_lane_to_lane() -> None:
     assert mapped(inside, x).tolist() == [9, -1, 0, 1, 9, 9]
 
 
-@pytest.mark.skipif(not compiler.processor_has("avx512dq"), reason="the processor has no AVX512-DQ")
-def test_powers_of_two_are_right_to_four_digits() -> None:
-    x = torch.linspace(-126, 100, 100_001)
-    ours = mapped(lambda code, value: code.power_of_two(value), x)
-    torch.testing.assert_close(ours.double(), x.double().exp2(), rtol=1.1e-4, atol=0)
-    extremes = torch.tensor([0.0, -(2.0**100), -200.0, math.nan])
-    ours = mapped(lambda code, value: code.power_of_two(value), extremes)
-    assert ours[:3].tolist() == pytest.approx([1, 0, 0], rel=1.1e-4)
-    assert ours[3].isnan()
+@pytest.mark.parametrize("has_exponents", POWERS)
+def test_powers_of_two_are_right_to_four_digits(has_exponents: bool) -> None:
+    def power(x: Tensor) -> Tensor:
+        return mapped(lambda code, value: code.power_of_two(value), x, has_exponents=has_exponents)
+
+    x = torch.cat((torch.linspace(-126, 100, 100_001), torch.arange(-126.0, 101), -torch.rand(1000) * 1e-6))
+    torch.testing.assert_close(power(x).double(), x.double().exp2(), rtol=1.1e-4, atol=0)
+    extremes = power(torch.tensor([0.0, -(2.0**100), -200.0, -math.inf, -126.5, math.nan]))
+    assert extremes[:5].tolist() == pytest.approx([1, 0, 0, 0, 0], rel=1.1e-4, abs=SMALLEST_NORMAL)
+    assert extremes[5].isnan()

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from text_generation_server.attention.torch_paged import first_seen
-from text_generation_server.cpu_kernels import prefill_attention
+from text_generation_server.cpu_kernels import compiler, prefill_attention, tiles
 from text_generation_server.cpu_kernels.decode_attention import Shape
-from text_generation_server.cpu_kernels.prefill_attention import SEGMENT, PrefillAttention
+from text_generation_server.cpu_kernels.language import Code
+from text_generation_server.cpu_kernels.prefill_attention import SEGMENT, PrefillAttention, Registers
+from text_generation_server.cpu_kernels.tiles import Tiles
+from text_generation_server.cpu_kernels.vector_tiles import VectorTiles
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(
-    not prefill_attention.supports(1, 32, 32, 16, torch.bfloat16),
-    reason="this processor does not multiply in tiles (AMX)",
+    compiler.reason_unavailable() is not None, reason=f"no kernels here: {compiler.reason_unavailable()}"
 )
+MakeRegisters = Callable[[Code], Registers]
 
 PLAIN = Shape(
     query_heads=4, kv_heads=2, key_dim=32, value_dim=32, block_size=16, dtype=torch.bfloat16, scaling=0.2, softcap=0.0,
@@ -39,9 +43,25 @@ class Case:
     rows: list[tuple[int, int]]
 
 
+@pytest.fixture(
+    params=[
+        pytest.param(
+            Tiles,
+            id="tiles",
+            marks=pytest.mark.skipif(not tiles.are_available(), reason="the processor has no tiles (AMX)"),
+        ),
+        pytest.param(VectorTiles, id="vectors"),
+    ]
+)
+def registers(request: pytest.FixtureRequest) -> MakeRegisters:
+    """What a processor may compute products in."""
+    kind: MakeRegisters = request.param
+    return kind
+
+
 @functools.cache
-def compiled(shape: Shape, window: int = 0, chunk: int = 0) -> PrefillAttention:
-    return PrefillAttention(shape, window=window, chunk=chunk)
+def compiled(registers: MakeRegisters, shape: Shape, window: int, chunk: int) -> PrefillAttention:
+    return PrefillAttention(shape, window=window, chunk=chunk, registers=registers)
 
 
 def made(shape: Shape, rows: list[tuple[int, int]]) -> Case:
@@ -72,9 +92,9 @@ def made(shape: Shape, rows: list[tuple[int, int]]) -> Case:
     return Case(chunks, queries, caches[0], caches[1], sinks, slots, rows)
 
 
-def attended(shape: Shape, case: Case, window: int = 0, chunk: int = 0) -> Tensor:
+def attended(registers: MakeRegisters, shape: Shape, case: Case, window: int = 0, chunk: int = 0) -> Tensor:
     out = torch.full((case.queries_HTD.shape[1], shape.query_heads, shape.value_dim), 7.0, dtype=shape.dtype)
-    kernel = compiled(shape, window, chunk)
+    kernel = compiled(registers, shape, window, chunk)
     kernel(case.chunks, case.queries_HTD, case.keys_KSD, case.values_KSE, out, case.sinks_H)
     return out
 
@@ -97,9 +117,9 @@ def obvious(shape: Shape, case: Case, window: int = 0, chunk: int = 0) -> Tensor
     return torch.stack(outputs)
 
 
-def check(shape: Shape, rows: list[tuple[int, int]], window: int = 0, chunk: int = 0) -> None:
+def check(registers: MakeRegisters, shape: Shape, rows: list[tuple[int, int]], window: int = 0, chunk: int = 0) -> None:
     case = made(shape, rows)
-    ours, expected = attended(shape, case, window, chunk).double(), obvious(shape, case, window, chunk)
+    ours, expected = attended(registers, shape, case, window, chunk).double(), obvious(shape, case, window, chunk)
     errors = (ours - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert errors.max() < 0.02, "weights and results are rounded to bfloat16"
 
@@ -117,8 +137,14 @@ def check(shape: Shape, rows: list[tuple[int, int]], window: int = 0, chunk: int
     ],
 )
 @pytest.mark.parametrize("block_size", [16, 32])
-def test_chunks(rows: list[tuple[int, int]], block_size: int) -> None:
-    check(replace(PLAIN, block_size=block_size), rows)
+def test_chunks(registers: MakeRegisters, rows: list[tuple[int, int]], block_size: int) -> None:
+    check(registers, replace(PLAIN, block_size=block_size), rows)
+
+
+def test_vectors_of_pairs() -> None:
+    """What a processor without tiles does that multiplies pairs (AVX512-BF16), by whatever instructions there are."""
+    pairs = functools.partial(VectorTiles, dtype=torch.bfloat16)
+    check(pairs, PLAIN, [(5, 20), (SEGMENT - 3, 7), (0, 2 * SEGMENT)])
 
 
 @pytest.mark.parametrize(
@@ -133,45 +159,49 @@ def test_chunks(rows: list[tuple[int, int]], block_size: int) -> None:
         pytest.param({"has_sinks": True}, id="sinks"),
     ],
 )
-def test_shapes_of_heads(changes: dict[str, float]) -> None:
-    check(replace(PLAIN, **changes), [(300, 20), (0, 35)])  # type: ignore[arg-type]
+def test_shapes_of_heads(registers: MakeRegisters, changes: dict[str, float]) -> None:
+    check(registers, replace(PLAIN, **changes), [(300, 20), (0, 35)])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("window", "chunk"), [(1, 0), (5, 0), (16, 0), (40, 0), (300, 0), (0, 8), (0, 100), (0, 16)])
 @pytest.mark.parametrize("has_sinks", [False, True])
-def test_queries_see_their_window_or_their_chunk(window: int, chunk: int, has_sinks: bool) -> None:
-    check(replace(PLAIN, has_sinks=has_sinks), [(0, 60), (333, 50), (90, 1)], window, chunk)
+def test_queries_see_their_window_or_their_chunk(
+    registers: MakeRegisters, window: int, chunk: int, has_sinks: bool
+) -> None:
+    check(registers, replace(PLAIN, has_sinks=has_sinks), [(0, 60), (333, 50), (90, 1)], window, chunk)
 
 
 @pytest.mark.parametrize("window", [0, 20])
 @pytest.mark.parametrize("cut", [48, 41, 97])
-def test_a_prompt_is_the_same_alone_and_among_others_and_in_one_piece_or_several(cut: int, window: int) -> None:
+def test_a_prompt_is_the_same_alone_and_among_others_and_in_one_piece_or_several(
+    registers: MakeRegisters, cut: int, window: int
+) -> None:
     together = made(PLAIN, [(0, 100), (50, 30)])
-    whole = attended(PLAIN, together, window)[:100]
+    whole = attended(registers, PLAIN, together, window)[:100]
     for first, count in ((0, cut), (cut, 100 - cut)):
         table = together.chunks.tables_RB[:1].tolist()
         chunks = prefill_attention.plan_chunks(table, [count], [first + count], 16, PLAIN.group)
         queries = together.queries_HTD[:, first : first + count]
         piece = replace(together, chunks=chunks, queries_HTD=queries)
-        assert torch.equal(attended(PLAIN, piece, window), whole[first : first + count])
+        assert torch.equal(attended(registers, PLAIN, piece, window), whole[first : first + count])
 
 
-def test_not_a_number_stays_with_its_query() -> None:
+def test_not_a_number_stays_with_its_query(registers: MakeRegisters) -> None:
     case = made(PLAIN, [(0, 40)])
-    clean = attended(PLAIN, case)
+    clean = attended(registers, PLAIN, case)
     queries = case.queries_HTD.clone()
     queries[1, 20, 3] = math.nan
-    broken = attended(PLAIN, replace(case, queries_HTD=queries))
+    broken = attended(registers, PLAIN, replace(case, queries_HTD=queries))
     assert broken[20, 1].isnan().all()
     broken[20, 1] = clean[20, 1]
     assert torch.equal(broken, clean)
 
 
-def test_not_a_number_among_the_keys_reaches_all_who_see_it() -> None:
+def test_not_a_number_among_the_keys_reaches_all_who_see_it(registers: MakeRegisters) -> None:
     case = made(PLAIN, [(0, 40)])
-    clean = attended(PLAIN, case)
+    clean = attended(registers, PLAIN, case)
     case.keys_KSD[0, case.slots[0][30]] = math.nan
-    broken = attended(PLAIN, case)
+    broken = attended(registers, PLAIN, case)
     assert broken[30:, :2].isnan().all()
     assert torch.equal(broken[:30], clean[:30])
     assert torch.equal(broken[:, 2:], clean[:, 2:])

@@ -14,19 +14,19 @@ import tiny_models
 import torch
 from text_generation_server.attention.llvm_paged import LlvmPaged
 from text_generation_server.config import Dtype, ShardConfig
-from text_generation_server.cpu_kernels import tiled_product
+from text_generation_server.cpu_kernels import compiler
 from text_generation_server.model.loader import load_model
 from text_generation_server.model.swaps import layers, mlp, norms
 from text_generation_server.model.swaps.attention import FusedAttention
-from text_generation_server.model.swaps.linears import PackedLinear, TiledLinear
+from text_generation_server.model.swaps.linears import KernelLinear, PackedLinear, can_pack
 from text_generation_server.model.transformers_runner import TransformersRunner
 from torch import nn
 
 MakeModel = Callable[..., Path]
 
 WIDE_HEADS = {"head_dim": 32}
-needs_tiles = pytest.mark.skipif(
-    not tiled_product.supports(32, 32, torch.bfloat16), reason="this processor does not multiply in tiles (AMX)"
+needs_kernels = pytest.mark.skipif(
+    compiler.reason_unavailable() is not None, reason=compiler.reason_unavailable() or ""
 )
 needs_interpreter = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
@@ -63,7 +63,7 @@ def test_tokens_in_float32_equal_generate(model_type: str, attention: str, tiny_
         assert tokens == expected
 
 
-@needs_tiles
+@needs_kernels
 @pytest.mark.parametrize(
     ("model_type", "changes", "is_whole"),
     [
@@ -90,7 +90,7 @@ def test_logits_in_bfloat16(model_type: str, changes: dict[str, Any], is_whole: 
     assert (ours - expected).norm() <= 0.05 * expected.norm()
 
 
-@needs_tiles
+@needs_kernels
 @pytest.mark.parametrize(
     ("model_type", "changes"),
     [
@@ -123,12 +123,12 @@ def test_a_layer_of_a_decode_step_is_one_launch(
     assert not all(steps)
 
 
-@needs_tiles
+@needs_kernels
 def test_weights_are_kept_once(tiny_model: MakeModel) -> None:
     runner = load(tiny_model("llama", **WIDE_HEADS), Dtype.BFLOAT16)
     (first, _) = modules(runner, layers.FusedLayer)
-    assert isinstance(first.self_attn.qkv, TiledLinear)
-    assert isinstance(first.self_attn.out, TiledLinear)
+    assert isinstance(first.self_attn.qkv, KernelLinear)
+    assert isinstance(first.self_attn.out, KernelLinear)
     assert isinstance(first.mlp, mlp.PackedMLP)
     held = {tensor.data_ptr(): tensor.nbytes for tensor in (*first.parameters(), *first.buffers())}
     hidden, inner, heads = 64, 96, 4 * 32 + 2 * 2 * 32
@@ -140,8 +140,8 @@ def test_weights_are_kept_once(tiny_model: MakeModel) -> None:
 def test_attention_of_torch_leaves_all_kernels_out(dtype: Dtype, tiny_model: MakeModel) -> None:
     runner = load(tiny_model("llama", **WIDE_HEADS), dtype, attention="torch")
     assert not isinstance(runner.backend, LlvmPaged)
-    assert modules(runner, PackedLinear)
-    assert not modules(runner, TiledLinear)
+    assert bool(modules(runner, PackedLinear)) == can_pack(torch.empty(32, 32, dtype=getattr(torch, dtype)))
+    assert not modules(runner, KernelLinear)
     assert not any(layer.kernels for layer in modules(runner, layers.FusedLayer))
     assert not any(attention.has_kernel for attention in modules(runner, FusedAttention))
     assert all(norm.kernel_weight is None for norm in modules(runner, norms.FastRMSNorm))
@@ -170,7 +170,7 @@ def test_tokens_by_triton_kernels_equal_generate(model_type: str, is_whole: bool
     runner = load(folder, Dtype.FLOAT32, "triton")
     assert runner.info.attention == "triton"
     assert [layer.has_gpu_kernels for layer in modules(runner, layers.FusedLayer)] == [True] * 2 * is_whole
-    assert not modules(runner, TiledLinear)
+    assert not modules(runner, KernelLinear)
     tokens = paged_driver.greedy(
         runner, prompts, max_new_tokens=4, eos_ids=[tiny_models.EOS_ID], arrive_within=2, chunk_tokens=16
     )

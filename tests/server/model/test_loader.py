@@ -14,6 +14,7 @@ import paged_driver
 import pytest
 import torch
 from text_generation_server.config import ConfigError, Dtype, KvCacheDtype, ShardConfig
+from text_generation_server.cpu_kernels import compiler
 from text_generation_server.model import checkpoint, dtypes
 from text_generation_server.model.architecture import max_positions
 from text_generation_server.model.bridge import Unservable
@@ -199,20 +200,50 @@ def test_every_dtype_is_served_when_asked_for(dtype: Dtype, folder: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("asked", "stored", "flags", "expected"),
+    ("asked", "stored", "flags", "has_products", "expected"),
     [
-        (None, torch.bfloat16, {"avx512_bf16"}, torch.bfloat16),
-        (None, torch.bfloat16, {"avx2"}, torch.float32),
-        (Dtype.BFLOAT16, torch.bfloat16, {"avx2"}, torch.bfloat16),
-        (None, torch.float16, {"avx512_bf16"}, torch.float32),
-        (None, torch.float32, set(), torch.float32),
+        (None, torch.bfloat16, {"avx512_bf16"}, False, torch.bfloat16),
+        (None, torch.bfloat16, {"avx2"}, False, torch.float32),
+        (None, torch.bfloat16, {"avx2"}, True, torch.bfloat16),
+        (Dtype.BFLOAT16, torch.bfloat16, {"avx2"}, False, torch.bfloat16),
+        (None, torch.float16, {"avx512_bf16"}, True, torch.float32),
+        (None, torch.float32, set(), True, torch.float32),
     ],
 )
 def test_the_dtype_follows_the_processor(
-    asked: Dtype | None, stored: torch.dtype, flags: set[str], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    asked: Dtype | None,
+    stored: torch.dtype,
+    flags: set[str],
+    has_products: bool,
+    expected: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dtypes, "cpu_flags", lambda: frozenset(flags))
-    assert dtypes.resolve_dtype(asked, stored, torch.device("cpu")) == expected
+    assert dtypes.resolve_dtype(asked, stored, torch.device("cpu"), has_products=has_products) == expected
+
+
+@pytest.mark.skipif(compiler.reason_unavailable() is not None, reason="kernels cannot be used here")
+@pytest.mark.parametrize(
+    ("model_type", "changes", "options", "expected"),
+    [
+        ("LlamaConfig", {}, {}, True),
+        ("LlamaConfig", {}, {"attention": "llvm"}, True),
+        ("LlamaConfig", {}, {"attention": "torch"}, False),
+        ("LlamaConfig", {}, {"swaps": False}, False),
+        ("LlamaConfig", {}, {"kv_cache_dtype": KvCacheDtype.FP8_E5M2}, False),
+        ("LlamaConfig", {"hidden_size": 72, "num_attention_heads": 3}, {}, False),
+        ("LlamaConfig", {"hidden_size": 80, "num_attention_heads": 5}, {}, False),
+        ("MixtralConfig", {}, {}, False),
+        ("Qwen3MoeConfig", {}, {}, False),
+    ],
+)
+def test_experts_and_attention_of_torch_have_no_products_of_ours(
+    model_type: str, changes: dict[str, Any], options: dict[str, Any], expected: bool
+) -> None:
+    import transformers
+
+    text_config = getattr(transformers, model_type)(**changes)
+    assert dtypes.has_products(dataclasses.replace(CONFIG, **options), text_config) == expected
 
 
 def test_the_stored_dtype_is_read_from_the_tensors_if_the_configuration_is_silent(folder: Path) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from text_generation_server.cpu_kernels import rms_norm, rotary
 from text_generation_server.cpu_kernels.compiler import Kernel, Sequence
-from text_generation_server.cpu_kernels.tiled_product import TiledProduct
+from text_generation_server.cpu_kernels.packed_product import PackedProduct
+from text_generation_server.cpu_kernels.panels import Epilogue
 from text_generation_server.model import bridge
 from text_generation_server.model.swaps.attention import FusedAttention
-from text_generation_server.model.swaps.linears import TiledLinear, plain_weights, tiles
+from text_generation_server.model.swaps.linears import KernelLinear, has_kernel, plain_weights
 from text_generation_server.model.swaps.mlp import GatedMLP, PackedMLP
 from text_generation_server.model.swaps.norms import FastRMSNorm
 
@@ -30,10 +31,10 @@ class LayerKernels:
         self,
         norms: tuple[FastRMSNorm, FastRMSNorm],
         attention: FusedAttention,
-        qkv: TiledProduct,
-        out: TiledProduct,
-        gated: TiledProduct,
-        down: TiledProduct,
+        qkv: PackedProduct,
+        out: PackedProduct,
+        gated: PackedProduct,
+        down: PackedProduct,
     ) -> None:
         self._first_weight, self._second_weight = (_kernel_weight(norm) for norm in norms)
         self._attention, self._qkv, self._out, self._gated, self._down = attention, qkv, out, gated, down
@@ -75,9 +76,13 @@ class LayerKernels:
         if first.kernel_weight is None or second.kernel_weight is None:
             return None
         plain = [plain_weights(each) for each in (attention.qkv, attention.out, mlp.down)]
-        if any(weights is None or not tiles(weights[0]) for weights in plain):
+        epilogues = Epilogue.NONE, Epilogue.ADD, Epilogue.ADD
+        if any(
+            each is None or not has_kernel(each[0], follows) for each, follows in zip(plain, epilogues, strict=True)
+        ):
             return None  # before any is packed: that is a copy
-        qkv, out, down = (TiledLinear(*weights) for weights in plain if weights is not None)
+        qkv, out, down = (KernelLinear(*weights) for weights in plain if weights is not None)
+        assert out.sum is not None and down.sum is not None
         attention.qkv, attention.out, mlp.down = qkv, out, down
         return cls((first, second), attention, qkv.product, out.sum, mlp.gated, down.sum)
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from text_generation_server.cpu_kernels import tiled_product
-from text_generation_server.cpu_kernels.tiled_product import Epilogue, TiledProduct
+from text_generation_server.cpu_kernels import packed_product, panels
+from text_generation_server.cpu_kernels.packed_product import PackedProduct
+from text_generation_server.cpu_kernels.panels import Epilogue
 
 
 class FusingLinear(nn.Module):
@@ -80,27 +81,29 @@ class PackedLinear(FusingLinear):
         return out
 
 
-class TiledLinear(FusingLinear):
+class KernelLinear(FusingLinear):
     """By a kernel of ours, over a weight packed once; the plain weight is not kept."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight, bias)
         self.packed: Tensor
-        self.register_buffer("packed", tiled_product.pack(weight), persistent=False)
-        self.product = TiledProduct(self.packed, self.in_features, bias, Epilogue.NONE)
-        self.sum = TiledProduct(self.packed, self.in_features, bias, Epilogue.ADD)
+        self.register_buffer("packed", panels.pack(weight), persistent=False)
+        self.product = PackedProduct(self.packed, self.out_features, self.in_features, bias, Epilogue.NONE)
+        self.sum: PackedProduct | None = None
+        if has_kernel(weight, Epilogue.ADD):
+            self.sum = PackedProduct(self.packed, self.out_features, self.in_features, bias, Epilogue.ADD)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x)
 
     def plus(self, x: Tensor, addend: Tensor) -> Tensor:
-        return self.sum(x, addend)
+        return super().plus(x, addend) if self.sum is None else self.sum(x, addend)
 
 
-def tiles(weight: Tensor) -> bool:
-    """Whether our kernel takes a weight of this shape."""
+def has_kernel(weight: Tensor, epilogue: Epilogue = Epilogue.NONE) -> bool:
+    """Whether there is a kernel of ours for a weight of this shape."""
     num_outputs, num_inputs = weight.shape
-    return weight.device.type == "cpu" and tiled_product.supports(num_outputs, num_inputs, weight.dtype)
+    return weight.device.type == "cpu" and packed_product.supports(num_outputs, num_inputs, weight.dtype, epilogue)
 
 
 def linear_plus(layer: nn.Module, x: Tensor, addend: Tensor) -> Tensor:
@@ -132,12 +135,12 @@ def plain_weights(module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 
 
 def can_pack(weight: Tensor) -> bool:
-    """float32 gains too; float16 has no packed product on most processors."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype in (torch.bfloat16, torch.float32)
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    )
+    """Whether oneDNN does. float32 gains too; float16 has no packed product on most processors."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    if weight.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32
 
 
 def pack(module: nn.Module, *, with_kernels: bool) -> nn.Module | None:
@@ -146,8 +149,8 @@ def pack(module: nn.Module, *, with_kernels: bool) -> nn.Module | None:
     if weights is None:
         return None
     weight, bias = weights
-    if with_kernels and tiles(weight):
-        return TiledLinear(weight, bias)
+    if with_kernels and has_kernel(weight):
+        return KernelLinear(weight, bias)
     if not can_pack(weight):
         return None
     return PackedLinear(weight.contiguous(), bias)

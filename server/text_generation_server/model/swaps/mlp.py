@@ -8,16 +8,17 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from text_generation_server.cpu_kernels import tiled_product
-from text_generation_server.cpu_kernels.tiled_product import Epilogue, TiledProduct
+from text_generation_server.cpu_kernels import panels
+from text_generation_server.cpu_kernels.packed_product import PackedProduct
+from text_generation_server.cpu_kernels.panels import Epilogue
 from text_generation_server.model.swaps.linears import (
     FusingLinear,
     can_pack,
     fuse,
+    has_kernel,
     linear_add_to,
     linear_plus,
     plain_weights,
-    tiles,
 )
 
 
@@ -80,18 +81,19 @@ class PackedMLP(GatedMLP):
         self.down = down
         self.activation = activation
         self.is_silu = _is_silu(activation)
-        self.gated: TiledProduct | None = None
+        self.gated: PackedProduct | None = None
 
     def compute_with_kernels(self) -> bool:
         """Gate, up and what follows in one product of ours, where there is one for the shape; returns whether."""
         gate, up = plain_weights(self.gate), plain_weights(self.up)
         if not self.is_silu or gate is None or up is None or gate[1] is not None or up[1] is not None:
             return False
-        if not tiles(gate[0]):
+        if not has_kernel(gate[0], Epilogue.GATED):
             return False
         self.packed: Tensor
-        self.register_buffer("packed", tiled_product.pack_gated(gate[0], up[0]), persistent=False)
-        self.gated = TiledProduct(self.packed, gate[0].shape[1], None, Epilogue.GATED)
+        self.register_buffer("packed", panels.pack_gated(gate[0], up[0]), persistent=False)
+        width, num_inputs = gate[0].shape
+        self.gated = PackedProduct(self.packed, width, num_inputs, None, Epilogue.GATED)
         self.gate, self.up = nn.Identity(), nn.Identity()  # their weights are not needed any more
         return True
 
@@ -115,7 +117,7 @@ def replace(module: nn.Module) -> nn.Module | None:
         return None
     gate, up, down = (children[name] for name in ("gate_proj", "up_proj", "down_proj"))
     weights = [plain_weights(gate), plain_weights(up)]
-    if all(each is not None and can_pack(each[0]) for each in weights):
+    if all(each is not None and (has_kernel(each[0], Epilogue.GATED) or can_pack(each[0])) for each in weights):
         return PackedMLP(gate, up, down, activation)
     fused = fuse([gate, up])
     return None if fused is None else FusedMLP(fused, down, activation)

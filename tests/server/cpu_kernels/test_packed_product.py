@@ -4,30 +4,36 @@ import dataclasses
 import functools
 
 import pytest
+import soft_tiles
 import torch
 import torch.nn.functional as F
 from llvmlite import ir
-from text_generation_server.cpu_kernels import compiler, tiled_product, tiles
+from text_generation_server.cpu_kernels import compiler, packed_product, panels, tiled_product, tiles, vector_product
 from text_generation_server.cpu_kernels.compiler import Kernel, Sequence
-from text_generation_server.cpu_kernels.tiled_product import (
-    INPUTS_PER_CHUNK,
-    PANEL,
-    ROWS_PER_UNIT,
-    Epilogue,
-    TiledProduct,
-    pack,
-    pack_gated,
-    supports,
-)
+from text_generation_server.cpu_kernels.packed_product import PackedProduct, supports
+from text_generation_server.cpu_kernels.panels import PANEL, Epilogue, Method, pack, pack_gated
+from text_generation_server.cpu_kernels.vector_product import NARROW, WIDE
 from torch import Tensor
 
 REASON = compiler.reason_unavailable()
-HAS_TILES = REASON is None and supports(32, 32, torch.bfloat16)
-needs_tiles = pytest.mark.skipif(not HAS_TILES, reason=REASON or "the processor has no AMX for bfloat16")
+needs_kernels = pytest.mark.skipif(REASON is not None, reason=REASON or "")
+needs_tiles = pytest.mark.skipif(
+    REASON is not None or not tiles.are_available(), reason=REASON or "the processor has no AMX for bfloat16"
+)
+
+METHODS = {
+    "tiles": tiled_product.METHOD,
+    "tiles in software": soft_tiles.METHOD,
+    "vectors": vector_product.method_by(NARROW, by_pairs=False),
+    "vectors of pairs": vector_product.method_by(NARROW, by_pairs=True),
+    "wide vectors": vector_product.method_by(WIDE, by_pairs=False),
+    "wide vectors of pairs": vector_product.method_by(WIDE, by_pairs=True),
+}
+"""What one processor is given runs on every other too, if not as fast; but tiles."""
 
 TOLERANCE = 2**-8
 """Rounding once costs half of it."""
-ROWS = [*range(1, 71), 96, 127, 128, 129, 1000]
+ROWS = [*range(1, 35), 47, 48, 49, 63, 64, 65, 96, 127, 128, 129, 1000]
 
 TAKES_ADDRESS = ir.FunctionType(ir.VoidType(), [ir.PointerType()])
 
@@ -42,10 +48,10 @@ class Weights:
     def num_inputs(self) -> int:
         return self.weight_NK.shape[1]
 
-    def product(self, epilogue: Epilogue, *, bias: bool = False) -> TiledProduct:
+    def product(self, epilogue: Epilogue, *, bias: bool = False) -> PackedProduct:
         gated = epilogue is Epilogue.GATED
         packed = pack_gated(self.weight_NK, self.up_NK) if gated else pack(self.weight_NK)
-        return TiledProduct(packed, self.num_inputs, self.bias_N if bias else None, epilogue)
+        return PackedProduct(packed, len(self.weight_NK), self.num_inputs, self.bias_N if bias else None, epilogue)
 
     def obvious(self, x: Tensor, epilogue: Epilogue, other: Tensor | None, *, bias: bool = False) -> Tensor:
         result = x.double() @ self.weight_NK.double().T
@@ -61,6 +67,19 @@ class Weights:
         out = self.product(epilogue, bias=bias)(x, other)
         assert (out.shape, out.dtype) == ((rows, len(self.weight_NK)), torch.bfloat16)
         assert_near(out, self.obvious(x, epilogue, other, bias=bias))
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=needs_tiles if name == "tiles" else needs_kernels) for name in METHODS]
+)
+def method(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Method:
+    """Every way to multiply, in place of the one for this processor."""
+    method = METHODS[request.param]
+    monkeypatch.setattr(packed_product, "method", lambda: method)
+    return method
+
+
+every_method = pytest.mark.usefixtures("method")
 
 
 @functools.cache
@@ -103,7 +122,7 @@ def test_gate_and_up_alternate_by_16_outputs() -> None:
 # -- products --------------------------------------------------------------------------------------------------------
 
 
-@needs_tiles
+@every_method
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("epilogue", Epilogue)
 def test_any_number_of_rows(epilogue: Epilogue, rows: int) -> None:
@@ -111,7 +130,7 @@ def test_any_number_of_rows(epilogue: Epilogue, rows: int) -> None:
     weights(64, 96).check(rows, epilogue)
 
 
-@needs_tiles
+@every_method
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), [(32, 32), (32, 4096), (576, 1536), (960, 576)])
 @pytest.mark.parametrize("rows", [1, 17, 33])
 @pytest.mark.parametrize("epilogue", Epilogue)
@@ -120,7 +139,7 @@ def test_any_number_of_inputs_and_outputs(epilogue: Epilogue, rows: int, num_out
     weights(num_outputs, num_inputs).check(rows, epilogue)
 
 
-@needs_tiles
+@every_method
 @pytest.mark.parametrize("rows", [1, 16, 40])
 @pytest.mark.parametrize("epilogue", [Epilogue.NONE, Epilogue.ADD])
 def test_a_bias_is_added(epilogue: Epilogue, rows: int) -> None:
@@ -128,39 +147,38 @@ def test_a_bias_is_added(epilogue: Epilogue, rows: int) -> None:
     weights(64, 96).check(rows, epilogue, bias=True)
 
 
-@needs_tiles
-@pytest.mark.parametrize("together", [1, 2, 3, 7, 100])
-@pytest.mark.parametrize(
-    "rows", [1, 31, 33, ROWS_PER_UNIT - 1, ROWS_PER_UNIT, ROWS_PER_UNIT + 1, 3 * ROWS_PER_UNIT - 28]
-)
+@every_method
+@pytest.mark.parametrize("together", [1, 2, 3, 7, 14])
+@pytest.mark.parametrize("units_rows", [(0, 1), (0, 31), (0, 33), (1, -1), (1, 0), (1, 1), (3, -28)])
 @pytest.mark.parametrize("epilogue", Epilogue)
 def test_a_unit_has_any_number_of_panels(
-    epilogue: Epilogue, rows: int, together: int, monkeypatch: pytest.MonkeyPatch
+    method: Method, epilogue: Epilogue, units_rows: tuple[int, int], together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """7 panels, 14 when gated: the last unit has fewer of them."""
-    monkeypatch.setattr(tiled_product, "PANELS_PER_UNIT", together)
-    monkeypatch.setattr(tiled_product, "UNITS_PER_THREAD", 1)
+    monkeypatch.setattr(panels, "PANELS_PER_UNIT", together)
+    monkeypatch.setattr(packed_product, "UNITS_PER_THREAD", 1)
     torch.manual_seed(1)
-    weights(7 * PANEL, 96).check(rows, epilogue)
+    units, more = units_rows
+    weights(7 * PANEL, 96).check(units * method.rows_per_unit + more, epilogue)
 
 
-@needs_tiles
+@every_method
 @pytest.mark.parametrize("rows", [1, 32, 33, 64, 150])
-@pytest.mark.parametrize("num_inputs", [INPUTS_PER_CHUNK - 32, INPUTS_PER_CHUNK + 32, 8192, 3 * INPUTS_PER_CHUNK + 96])
+@pytest.mark.parametrize("num_inputs", [1536, 1568, 2016, 2080, 6240])
 @pytest.mark.parametrize("epilogue", Epilogue)
 def test_many_inputs_come_in_chunks(epilogue: Epilogue, num_inputs: int, rows: int) -> None:
     torch.manual_seed(1)
     weights(96, num_inputs).check(rows, epilogue)
 
 
-@needs_tiles
+@every_method
 @pytest.mark.parametrize("rows", [1, 100, 1000])
 def test_every_thread_has_several_units(rows: int, num_threads: int) -> None:
     product = weights(32 * PANEL, 96).product(Epilogue.NONE)
-    assert product.units(rows) >= tiled_product.UNITS_PER_THREAD * num_threads
+    assert product.units(rows) >= packed_product.UNITS_PER_THREAD * num_threads
 
 
-@needs_tiles
+@every_method
 @pytest.mark.parametrize("rows", [1, 15, 32, 50, 129])
 @pytest.mark.parametrize("bias", [False, True], ids=["without a bias", "with a bias"])
 def test_a_product_is_added_in_place(rows: int, bias: bool) -> None:
@@ -174,7 +192,16 @@ def test_a_product_is_added_in_place(rows: int, bias: bool) -> None:
     assert_near(out, expected)
 
 
-@needs_tiles
+@every_method
+@pytest.mark.parametrize("bias", [False, True], ids=["without a bias", "with a bias"])
+@pytest.mark.parametrize("rows", [1, 20, 130])
+@pytest.mark.parametrize("num_outputs", [33, 50, 63, 95])
+def test_outputs_need_not_fill_panels_if_nothing_follows(num_outputs: int, rows: int, bias: bool) -> None:
+    torch.manual_seed(1)
+    weights(num_outputs, 96).check(rows, Epilogue.NONE, bias=bias)
+
+
+@every_method
 def test_a_gate_may_be_far_from_zero() -> None:
     x = torch.tensor([-1000.0, -100.0, -88.0, -10.0, 0.0, 10.0, 100.0, 1000.0])[:, None].expand(-1, 32).bfloat16()
     means = torch.full((32, 32), 1 / 32).bfloat16()
@@ -182,7 +209,7 @@ def test_a_gate_may_be_far_from_zero() -> None:
     assert_near(layer.product(Epilogue.GATED)(x), layer.obvious(x, Epilogue.GATED, None))
 
 
-@needs_tiles
+@every_method
 @pytest.mark.parametrize("shape", [(96,), (1, 5, 96), (2, 3, 7, 96), (0, 96), (2, 0, 96)])
 def test_rows_lie_in_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
     torch.manual_seed(1)
@@ -192,15 +219,15 @@ def test_rows_lie_in_any_number_of_dimensions(shape: tuple[int, ...]) -> None:
     assert_near(out, layer.obvious(x, Epilogue.NONE, None))
 
 
-@needs_tiles
+@every_method
 def test_rows_need_not_lie_together() -> None:
     torch.manual_seed(1)
     layer, x, other = weights(64, 96), torch.randn(96, 20).bfloat16().T, torch.randn(64, 20).bfloat16().T
     assert_near(layer.product(Epilogue.ADD)(x, other), layer.obvious(x, Epilogue.ADD, other))
 
 
-@needs_tiles
-@pytest.mark.parametrize("num_inputs", [96, 2 * INPUTS_PER_CHUNK], ids=["at once", "in chunks"])
+@every_method
+@pytest.mark.parametrize("num_inputs", [96, 4096], ids=["at once", "in chunks"])
 @pytest.mark.parametrize("epilogue", Epilogue)
 def test_a_row_has_the_same_result_alone_and_among_others(epilogue: Epilogue, num_inputs: int) -> None:
     torch.manual_seed(1)
@@ -212,7 +239,7 @@ def test_a_row_has_the_same_result_alone_and_among_others(epilogue: Epilogue, nu
         assert torch.equal(product(x[-rows:], None if other is None else other[-rows:]), together[-rows:])
 
 
-@needs_tiles
+@every_method
 def test_results_do_not_depend_on_the_number_of_threads(num_threads: int) -> None:
     torch.manual_seed(1)
     layer, x = weights(576, 1536), torch.randn(100, 1536).bfloat16()
@@ -223,7 +250,7 @@ def test_results_do_not_depend_on_the_number_of_threads(num_threads: int) -> Non
     assert torch.equal(product(x), out)
 
 
-@needs_tiles
+@every_method
 def test_not_a_number_stays_in_its_row() -> None:
     torch.manual_seed(1)
     product, x = weights(64, 96).product(Epilogue.NONE), torch.randn(40, 96).bfloat16()
@@ -290,27 +317,27 @@ def test_the_shapes_that_others_have_set_are_there_again(epilogue: Epilogue, num
 @pytest.mark.parametrize(
     ("num_outputs", "num_inputs", "dtype"),
     [
-        pytest.param(48, 64, torch.bfloat16, id="outputs that are no multiple of 32"),
+        pytest.param(16, 64, torch.bfloat16, id="fewer than 32 outputs"),
         pytest.param(64, 48, torch.bfloat16, id="inputs that are no multiple of 32"),
         pytest.param(64, 64, torch.float32, id="float32"),
         pytest.param(64, 64, torch.float16, id="float16"),
     ],
 )
-def test_what_does_not_fit_into_tiles_is_not_supported(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> None:
+def test_what_does_not_fit_into_panels_is_not_supported(num_outputs: int, num_inputs: int, dtype: torch.dtype) -> None:
     assert not supports(num_outputs, num_inputs, dtype)
 
 
-def test_without_tiles_nothing_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles, "processor_has", lambda feature: False)
-    assert not supports(64, 64, torch.bfloat16)
+@needs_kernels
+def test_something_may_follow_whole_panels_only() -> None:
+    assert all(supports(64, 96, torch.bfloat16, epilogue) for epilogue in Epilogue)
+    assert supports(48, 96, torch.bfloat16, Epilogue.GATED)  # with as many of the other kind three panels
+    assert supports(33, 96, torch.bfloat16)
+    assert not supports(48, 96, torch.bfloat16, Epilogue.ADD)
+    assert not supports(40, 96, torch.bfloat16, Epilogue.GATED)
 
 
-def test_tiles_that_the_system_does_not_grant_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("granted", [True, False])
+def test_tiles_are_used_where_processor_and_system_grant_them(granted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "processor_has", lambda feature: True)
-    monkeypatch.setattr(tiles, "_may_be_used", lambda: False)
-    assert not supports(64, 64, torch.bfloat16)
-
-
-@needs_tiles
-def test_multiples_of_32_are_supported_in_bfloat16() -> None:
-    assert all(supports(outputs, inputs, torch.bfloat16) for outputs in (32, 96) for inputs in (32, 576))
+    monkeypatch.setattr(tiles, "_may_be_used", lambda: granted)
+    assert packed_product.method() is (tiled_product.METHOD if granted else vector_product.method())
