@@ -121,7 +121,8 @@ def _prepare(
     progress: Progress,
     without_swaps: frozenset[str],
 ) -> TransformersRunner:
-    """Probe the model as it is, swap modules, probe again. Raises: Unservable."""
+    """Record what the model does, swap modules, probe it. Raises: Unservable; _SwapsFailed, after which the probe of
+    the model as it is has the last word."""
     if group.world_size > 1:
         parallel.parallelize(model, group)
     text_config = model.config.get_text_config(decoder=True)
@@ -161,9 +162,10 @@ def _prepare(
     )
     bridge.use_implementation(model, bridge.PAGED)
     runner.allocate_kv_cache(probe.blocks_needed(config.block_size))
-    probe.verify(runner.forward, expected, block_size=config.block_size, what="the paged forward pass")
-    progress("probe", 1, 2)
-    if config.swaps:
+    if not config.swaps:
+        probe.verify(runner.forward, expected, block_size=config.block_size, what="the paged forward pass")
+    else:
+        progress("probe", 1, 2)
         run = probe.dense_pass(model, vocab_size=vocab_size, max_positions=architecture.positions, device=group.device)
         try:
             with bridge.handling(probe.dense):

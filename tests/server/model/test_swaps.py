@@ -179,12 +179,13 @@ def test_a_gated_mlp(bias: bool, packs: bool, dtype: torch.dtype, monkeypatch: p
 
 
 def swapped(*modules: nn.Module, dtype: torch.dtype = torch.float32) -> list[bool]:
-    """Which of some MLPs, one behind the other, are replaced."""
+    """Which of some MLPs, beside one another, are replaced."""
     torch.manual_seed(0)
     model = nn.Sequential(*modules).to(dtype)
+    x = torch.randn(8, 16, dtype=dtype)
 
     def run() -> object:
-        return model(torch.randn(8, 16, dtype=dtype))
+        return [module(x) for module in model]
 
     table.apply(model, dtype=dtype, run=run, without=["projections"])
     return [isinstance(module, mlp.GatedMLP) for module in model]

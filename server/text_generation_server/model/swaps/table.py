@@ -29,7 +29,7 @@ REPLACEMENTS: dict[str, Callable[[nn.Module], nn.Module | None]] = {
     "mlp": mlp.replace,
     "layers": layers.replace,  # of parts that are swapped already
 }
-"""Checked against recorded calls."""
+"""Checked against recorded calls of the modules as they were before the first swap."""
 
 NAMES = (*REPLACEMENTS, "projections", "kernels", "linears")
 
@@ -88,9 +88,10 @@ def apply(
     assert not unknown, f"no such swap: {unknown}"
     counts = dict.fromkeys(NAMES, 0)
     with torch.inference_mode():
+        calls = _record(model, [module for module in model.modules() if _might_replace(module)], run)
         for name, replace in REPLACEMENTS.items():
             if name not in left_out:
-                counts[name] = _replace_checked(model, replace, run, TOLERANCE[dtype])
+                counts[name] = _replace_checked(model, replace, calls, TOLERANCE[dtype])
         if "projections" not in left_out:
             counts["projections"] = sum(projections.replace_children(module) for module in list(model.modules()))
         if on_gpu and "kernels" not in left_out:
@@ -115,9 +116,8 @@ def apply(
 
 
 def _replace_checked(
-    model: nn.Module, replace: Callable[[nn.Module], nn.Module | None], run: Callable[[], object], tolerance: float
+    model: nn.Module, replace: Callable[[nn.Module], nn.Module | None], calls: dict[nn.Module, Call], tolerance: float
 ) -> int:
-    calls = _record(model, [module for module in model.modules() if _might_replace(module)], run)
     kinds: dict[Any, bool] = {}
 
     def checked(module: nn.Module) -> nn.Module | None:
