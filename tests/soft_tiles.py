@@ -128,5 +128,6 @@ METHOD = Method(
     rows_per_unit=tiled_product.METHOD.rows_per_unit,
     kernel=_kernel,
     own_arguments=tiled_product.METHOD.own_arguments,
+    pack=tiled_product.METHOD.pack,
 )
 """Products in tiles, in software."""

@@ -33,11 +33,16 @@ def method() -> Method:
     return tiled_product.METHOD if tiles.are_available() else vector_product.method()
 
 
+def pack(weight_NK: Tensor) -> Tensor:
+    """In the order in which this processor reads it, flat."""
+    return method().pack(weight_NK)
+
+
 class PackedProduct:
     """``epilogue(x @ weight.T + bias)`` for one packed weight."""
 
     def __init__(self, packed: Tensor, width: int, num_inputs: int, bias_N: Tensor | None, epilogue: Epilogue) -> None:
-        """``packed`` is `panels.pack`'s, or `panels.pack_gated`'s, which has no bias; ``width`` is N."""
+        """``packed`` is `pack`'s; ``width`` is N. Of gated products it is of `panels.gate_and_up`, without a bias."""
         assert bias_N is None or epilogue is not Epilogue.GATED
         assert width % MULTIPLES[epilogue] == 0
         self.packed = packed

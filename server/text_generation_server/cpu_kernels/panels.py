@@ -1,8 +1,8 @@
 """How weights of products are packed, and what may follow a product while results are at hand.
 
-Weights lie in the order in which they are read: panels of 32 outputs, in these steps of 32 inputs, in these two tiles
-of 16 outputs, in these pairs of inputs. So two tiles of AMX can be loaded as they lie, and so can vectors that have a
-pair of inputs in each lane.
+Weights lie in the order in which they are read: panels of 32 outputs, in these two tiles of 16 outputs and steps of 32
+inputs, in these pairs of inputs. So tiles of AMX can be loaded as they lie, and so can vectors that have a pair of
+inputs in each lane.
 
 Shape legend: K inputs, N outputs.
 """
@@ -23,8 +23,8 @@ PANEL = 2 * LANES
 """Outputs of a panel."""
 STEP = 32
 """Inputs of a step."""
-LINES = 32
-"""Of the cache, 64 bytes each, that a step of a panel fills."""
+LINE = 32
+"""Numbers of a line of the cache."""
 PANELS_PER_UNIT = 16
 """That a thread multiplies in one go, at most."""
 NUM_ARGUMENTS = 11
@@ -48,22 +48,34 @@ class Method:
     """By what follows, and whether there is a bias."""
     own_arguments: Callable[[int, int], tuple[int, ...]]
     """Of such a kernel, for a number of rows and of inputs."""
+    pack: Callable[[Tensor], Tensor]
+    """`pack_by_steps` or `pack_by_tiles`."""
 
 
-def pack(weight_NK: Tensor) -> Tensor:
-    """In the order described above, flat. The last panel overlaps the one before if outputs are no multiple of 32."""
+def pack_by_steps(weight_NK: Tensor) -> Tensor:
+    """Flat: in a panel the steps, in a step both tiles."""
+    return _parts(weight_NK).permute(0, 3, 1, 4, 2, 5).contiguous().flatten()
+
+
+def pack_by_tiles(weight_NK: Tensor) -> Tensor:
+    """Flat: in a panel both tiles, in a tile the steps."""
+    return _parts(weight_NK).permute(0, 1, 3, 4, 2, 5).contiguous().flatten()
+
+
+def _parts(weight_NK: Tensor) -> Tensor:
+    """[panels, tiles, outputs, steps, pairs, 2]. The last panel overlaps the one before if outputs are no multiple of
+    32."""
     num_outputs, num_inputs = weight_NK.shape
     if rest := num_outputs % PANEL:
         weight_NK = torch.cat((weight_NK[: num_outputs - rest], weight_NK[-PANEL:]))
-    parts = weight_NK.reshape(-1, 2, LANES, num_inputs // STEP, STEP // 2, 2)
-    return parts.permute(0, 3, 1, 4, 2, 5).contiguous().flatten()
+    return weight_NK.reshape(-1, 2, LANES, num_inputs // STEP, STEP // 2, 2)
 
 
-def pack_gated(gate_NK: Tensor, up_NK: Tensor) -> Tensor:
-    """For ``Epilogue.GATED``."""
+def gate_and_up(gate_NK: Tensor, up_NK: Tensor) -> Tensor:
+    """The weight for ``Epilogue.GATED``, to be packed."""
     num_outputs, num_inputs = gate_NK.shape
     pairs = torch.stack((gate_NK.view(-1, LANES, num_inputs), up_NK.view(-1, LANES, num_inputs)), 1)
-    return pack(pairs.view(2 * num_outputs, num_inputs))
+    return pairs.view(2 * num_outputs, num_inputs)
 
 
 class Operands:

@@ -12,7 +12,7 @@ from text_generation_server.cpu_kernels import tiles
 from text_generation_server.cpu_kernels.compiler import Kernel, new_code
 from text_generation_server.cpu_kernels.language import LANES, Code, Value
 from text_generation_server.cpu_kernels.panels import (
-    LINES,
+    LINE,
     NUM_ARGUMENTS,
     PANEL,
     PANELS_PER_UNIT,
@@ -20,6 +20,7 @@ from text_generation_server.cpu_kernels.panels import (
     Epilogue,
     Method,
     Operands,
+    pack_by_steps,
 )
 from text_generation_server.cpu_kernels.tiles import Tiles
 
@@ -59,8 +60,10 @@ def kernel(epilogue: Epilogue, has_bias: bool) -> Kernel:
     return Kernel(code, num_arguments=NUM_ARGUMENTS + 3)
 
 
-METHOD = Method(rows_per_unit=ROWS_PER_UNIT, kernel=kernel, own_arguments=_own_arguments)
+METHOD = Method(rows_per_unit=ROWS_PER_UNIT, kernel=kernel, own_arguments=_own_arguments, pack=pack_by_steps)
 
+LINES = PANEL * STEP // LINE
+"""Of the cache, that a step of a panel fills."""
 SUMS = 2 * PANEL * PANEL
 """Behind so many results come the sums of blocks."""
 

@@ -18,7 +18,7 @@ import torch
 from text_generation_server.cpu_kernels.compiler import Kernel, new_code, processor_has
 from text_generation_server.cpu_kernels.language import LANES, Code, Pointer, Value, Variable
 from text_generation_server.cpu_kernels.panels import (
-    LINES,
+    LINE,
     NUM_ARGUMENTS,
     PANEL,
     PANELS_PER_UNIT,
@@ -26,6 +26,7 @@ from text_generation_server.cpu_kernels.panels import (
     Epilogue,
     Method,
     Operands,
+    pack_by_tiles,
 )
 
 ROWS_PER_UNIT = 48
@@ -35,12 +36,11 @@ INPUTS_AT_ONCE = 1536
 WIDTH = INPUTS_AT_ONCE + LANES
 """Numbers from one row to the next. Known when the kernel is compiled: a block's rows have one address. No power of
 two: lines at the same place of many pages throw one another out of the cache."""
-NEAR = 8 * STEP
-"""Inputs by which weights are asked for ahead, where they are used once: a whole panel would be too long before."""
 PAIRS_AT_ONCE = 2
 """Of inputs, without a jump between them."""
-LINES_AHEAD = 4
-"""Of the cache, that a step of a block asks for of the next panel: eight blocks ask for all of it."""
+LINES_AHEAD = 2
+"""Of the cache, that a step of a block asks for of the next panel. Eight blocks of 6 rows ask for all of it; a single one
+reads as fast as the memory by itself, since what it reads lies in one piece."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,7 @@ def method_by(blocks: tuple[Block, ...], *, by_pairs: bool) -> Method:
         rows_per_unit=ROWS_PER_UNIT,
         kernel=lambda epilogue, has_bias: _kernel(epilogue, has_bias, blocks, by_pairs),
         own_arguments=lambda num_rows, num_inputs: (),
+        pack=pack_by_tiles,
     )
 
 
@@ -141,14 +142,15 @@ class _Unit:
 
     def _multiply_panel(self, results: Pointer, panel: Value, first_input: Value, stop_input: Value) -> None:
         code, rows, num_inputs = self.code, self.rows, self.operands.num_inputs
-        weights = self.operands.weights + (panel * num_inputs + first_input) * PANEL
-        count, left_behind = stop_input - first_input, (self.stop_panel - panel) * num_inputs - first_input
+        weights = self.operands.weights + (panel * (2 * num_inputs) + first_input) * LANES
+        count = stop_input - first_input
+        next_panel = code.smaller(panel + 1, self.stop_panel - 1) * num_inputs * PANEL
         with code.loop(rows.num_blocks) as number:
             first_row = number * rows.most
             left = code.smaller(rows.stop - rows.first - first_row, code.integer(rows.most))
-            # In numbers of a panel's rows: each block asks for another part of what comes behind these inputs.
-            ahead = code.smaller(count + count // STEP * LINES_AHEAD * number, left_behind - count)
-            part = _Part(weights, weights + ahead * PANEL, count, first_input.equals(0), rows.num_blocks.equals(1))
+            # Each block asks for another piece of the next panel.
+            piece = code.smaller(first_input + number * count, num_inputs - count) * (LINES_AHEAD * LINE // STEP)
+            part = _Part(weights, self.operands.weights + (next_panel + piece), count, first_input.equals(0))
             smaller = 0
             for block in rows.blocks:
                 with code.when((left > smaller).both(left <= block.rows)):
@@ -156,7 +158,7 @@ class _Unit:
                 smaller = block.rows
 
     def _multiply_block(self, block: Block, results: Pointer, first_row: Value, part: _Part) -> None:
-        code, rows = self.code, self.rows
+        code, rows, tile_size = self.code, self.rows, self.operands.num_inputs * LANES
         for first_tile in range(0, 2, block.tiles):
             places = [
                 [(first_row + row) * PANEL + (first_tile + tile) * LANES for tile in range(block.tiles)]
@@ -167,19 +169,13 @@ class _Unit:
                 for row in places
             ]
             numbers = rows.numbers + first_row * WIDTH
+            tiles = [part.weights + tile_size * (first_tile + tile) for tile in range(block.tiles)]
             with code.loop(part.count, step=STEP) as step:
-                if first_tile == 0:
-                    with code.when(part.is_alone):
-                        for line in range(LINES):
-                            part.weights.prefetch((step + NEAR) * PANEL + line * STEP)
-                    for line in range(LINES_AHEAD):
-                        part.ahead.prefetch((step // STEP * LINES_AHEAD + line) * STEP)
-                weights = part.weights + (step * PANEL + first_tile * (STEP * LANES))
+                for line in range(LINES_AHEAD):
+                    part.ahead.prefetch(step * (LINES_AHEAD * LINE // STEP) + line * LINE)
                 with code.loop(STEP, step=2 * PAIRS_AT_ONCE) as place:
                     for pair in range(0, 2 * PAIRS_AT_ONCE, 2):
-                        bits = [
-                            weights.bits((place + pair) * LANES + tile * (STEP * LANES)) for tile in range(block.tiles)
-                        ]
+                        bits = [weights.bits((step + place + pair) * LANES) for weights in tiles]
                         self._add_pair(sums, bits, numbers + (step + place + pair))
             for row_places, row_sums in zip(places, sums, strict=True):
                 for place, total in zip(row_places, row_sums, strict=True):
@@ -211,5 +207,3 @@ class _Part:
     """What is asked for meanwhile."""
     count: Value
     is_first: Value
-    is_alone: Value
-    """Whether all rows are in one block: then weights are used once, and asked for as they are needed."""

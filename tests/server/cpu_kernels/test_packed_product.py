@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import pytest
 import soft_tiles
@@ -10,8 +11,15 @@ import torch.nn.functional as F
 from llvmlite import ir
 from text_generation_server.cpu_kernels import compiler, packed_product, panels, tiled_product, tiles, vector_product
 from text_generation_server.cpu_kernels.compiler import Kernel, Sequence
-from text_generation_server.cpu_kernels.packed_product import PackedProduct, supports
-from text_generation_server.cpu_kernels.panels import PANEL, Epilogue, Method, pack, pack_gated
+from text_generation_server.cpu_kernels.packed_product import PackedProduct, pack, supports
+from text_generation_server.cpu_kernels.panels import (
+    PANEL,
+    Epilogue,
+    Method,
+    gate_and_up,
+    pack_by_steps,
+    pack_by_tiles,
+)
 from text_generation_server.cpu_kernels.vector_product import NARROW, WIDE
 from torch import Tensor
 
@@ -50,7 +58,7 @@ class Weights:
 
     def product(self, epilogue: Epilogue, *, bias: bool = False) -> PackedProduct:
         gated = epilogue is Epilogue.GATED
-        packed = pack_gated(self.weight_NK, self.up_NK) if gated else pack(self.weight_NK)
+        packed = pack(gate_and_up(self.weight_NK, self.up_NK) if gated else self.weight_NK)
         return PackedProduct(packed, len(self.weight_NK), self.num_inputs, self.bias_N if bias else None, epilogue)
 
     def obvious(self, x: Tensor, epilogue: Epilogue, other: Tensor | None, *, bias: bool = False) -> Tensor:
@@ -98,25 +106,30 @@ def assert_near(out: Tensor, expected: Tensor) -> None:
 
 def test_weights_are_packed_by_panels_steps_tiles_and_pairs() -> None:
     weight_NK = torch.arange(64.0)[:, None] * 1000 + torch.arange(96)
-    packed = pack(weight_NK)
-    assert packed.shape == (64 * 96,)
-    expected = [
-        weight_NK[panel + tile + output, step + pair + each].item()
-        for panel in (0, 32)
-        for step in (0, 32, 64)
-        for tile in (0, 16)
-        for pair in range(0, 32, 2)
-        for output in range(16)
-        for each in range(2)
-    ]
-    assert packed.tolist() == expected
+    by_steps = [(panel, step, tile) for panel in (0, 32) for step in (0, 32, 64) for tile in (0, 16)]
+    by_tiles = [(panel, step, tile) for panel in (0, 32) for tile in (0, 16) for step in (0, 32, 64)]
+    for packed, order in ((pack_by_steps(weight_NK), by_steps), (pack_by_tiles(weight_NK), by_tiles)):
+        expected = [
+            weight_NK[panel + tile + output, step + pair + each].item()
+            for panel, step, tile in order
+            for pair in range(0, 32, 2)
+            for output in range(16)
+            for each in range(2)
+        ]
+        assert packed.tolist() == expected
+
+
+@pytest.mark.parametrize("order", [pack_by_steps, pack_by_tiles])
+def test_the_last_panel_overlaps_the_one_before(order: Callable[[Tensor], Tensor]) -> None:
+    weight_NK = torch.randn(80, 64)
+    assert torch.equal(order(weight_NK), torch.cat((order(weight_NK[:64]), order(weight_NK[48:]))))
 
 
 def test_gate_and_up_alternate_by_16_outputs() -> None:
     torch.manual_seed(0)
     gate_NK, up_NK = torch.randn(32, 64), torch.randn(32, 64)
     both = torch.cat((gate_NK[:16], up_NK[:16], gate_NK[16:], up_NK[16:]))
-    assert torch.equal(pack_gated(gate_NK, up_NK), pack(both))
+    assert torch.equal(gate_and_up(gate_NK, up_NK), both)
 
 
 # -- products --------------------------------------------------------------------------------------------------------

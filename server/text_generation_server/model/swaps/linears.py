@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from text_generation_server.cpu_kernels import packed_product, panels
+from text_generation_server.cpu_kernels import packed_product
 from text_generation_server.cpu_kernels.packed_product import PackedProduct
 from text_generation_server.cpu_kernels.panels import Epilogue
 
@@ -87,7 +87,7 @@ class KernelLinear(FusingLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight, bias)
         self.packed: Tensor
-        self.register_buffer("packed", panels.pack(weight), persistent=False)
+        self.register_buffer("packed", packed_product.pack(weight), persistent=False)
         self.product = PackedProduct(self.packed, self.out_features, self.in_features, bias, Epilogue.NONE)
         self.sum: PackedProduct | None = None
         if has_kernel(weight, Epilogue.ADD):

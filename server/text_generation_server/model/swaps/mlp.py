@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from text_generation_server.cpu_kernels import panels
+from text_generation_server.cpu_kernels import packed_product, panels
 from text_generation_server.cpu_kernels.packed_product import PackedProduct
 from text_generation_server.cpu_kernels.panels import Epilogue
 from text_generation_server.model.swaps.linears import (
@@ -91,7 +91,7 @@ class PackedMLP(GatedMLP):
         if not has_kernel(gate[0], Epilogue.GATED):
             return False
         self.packed: Tensor
-        self.register_buffer("packed", panels.pack_gated(gate[0], up[0]), persistent=False)
+        self.register_buffer("packed", packed_product.pack(panels.gate_and_up(gate[0], up[0])), persistent=False)
         width, num_inputs = gate[0].shape
         self.gated = PackedProduct(self.packed, width, num_inputs, None, Epilogue.GATED)
         self.gate, self.up = nn.Identity(), nn.Identity()  # their weights are not needed any more
