@@ -269,7 +269,7 @@ class _Unit:
         code, shape = self.code, self.shape
         source = code.tensor(5, shape.dtype) + self._query_head(member) * code.arguments[6]
         part = self._part_of(member)
-        for step in range(self.key_steps):
+        with code.loop(self.key_steps) as step:
             rows = []
             for query in range(LANES):
                 # Behind the last there may be no memory: it stands in for those that are missing.
@@ -481,7 +481,7 @@ class _Unit:
         part = self._part_of(member)
         out = code.tensor(11, shape.dtype) + ((self.token + part) * shape.query_heads + number) * shape.value_dim
         count = code.smaller(self.count - part, code.integer(LANES))
-        for tile in range(self.value_tiles):
+        with code.loop(self.value_tiles) as tile:
             sums = self.sums + (member * self.value_tiles + tile) * (LANES * LANES)
             rows = code.transpose([sums.vector(place * LANES) * factor for place in range(LANES)])
             for query, row in enumerate(rows):

@@ -39,8 +39,9 @@ two: lines at the same place of many pages throw one another out of the cache.""
 PAIRS_AT_ONCE = 2
 """Of inputs, without a jump between them."""
 LINES_AHEAD = 2
-"""Of the cache, that a step of a block asks for of the next panel. Eight blocks of 6 rows ask for all of it; a single one
-reads as fast as the memory by itself, since what it reads lies in one piece."""
+"""Of the cache, that a step of a block asks for of the next panel. Eight blocks of 6 rows ask for all of it; a single
+one reads as fast as the memory by itself, since what it reads lies in one piece: 9 GB/s where the tiles of a panel
+alternated by steps, 16 since, of 20 that both cores read."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
+import soft_tiles
 import torch
 from text_generation_server.attention.torch_paged import first_seen
 from text_generation_server.cpu_kernels import compiler, prefill_attention, tiles
@@ -22,6 +24,11 @@ pytestmark = pytest.mark.skipif(
     compiler.reason_unavailable() is not None, reason=f"no kernels here: {compiler.reason_unavailable()}"
 )
 MakeRegisters = Callable[[Code], Registers]
+
+
+def tiles_in_software(code: Code) -> Tiles:
+    return Tiles(code)
+
 
 PLAIN = Shape(
     query_heads=4, kv_heads=2, key_dim=32, value_dim=32, block_size=16, dtype=torch.bfloat16, scaling=0.2, softcap=0.0,
@@ -50,6 +57,7 @@ class Case:
             id="tiles",
             marks=pytest.mark.skipif(not tiles.are_available(), reason="the processor has no tiles (AMX)"),
         ),
+        pytest.param(tiles_in_software, id="tiles in software"),
         pytest.param(VectorTiles, id="vectors"),
     ]
 )
@@ -61,7 +69,8 @@ def registers(request: pytest.FixtureRequest) -> MakeRegisters:
 
 @functools.cache
 def compiled(registers: MakeRegisters, shape: Shape, window: int, chunk: int) -> PrefillAttention:
-    return PrefillAttention(shape, window=window, chunk=chunk, registers=registers)
+    with soft_tiles.emulated() if registers is tiles_in_software else contextlib.nullcontext():
+        return PrefillAttention(shape, window=window, chunk=chunk, registers=registers)
 
 
 def made(shape: Shape, rows: list[tuple[int, int]]) -> Case:
