@@ -13,8 +13,9 @@ MARGIN = 0.9
 """Part of the time that is planned with: the next step may be slower than the last ones."""
 STRETCH = 2.8
 """How many times as long as a step of the decode rows alone a step with a piece of a long prompt may take."""
-LEAST_TOKENS = 16
-"""Of a prompt in a step, however long that takes: it has to come to an end. Products are computed 16 rows at a time."""
+LEAST_TOKENS = 8
+"""Of a prompt in a step, however long that takes: it has to come to an end. A processor with slow products (AVX2) takes
+twice the time of a decode step for 16."""
 UNKNOWN_TOKENS = 64
 """Of a prompt in a step as long as nothing is known."""
 
