@@ -113,9 +113,9 @@ class AttentionBackend(Protocol):
 
 @runtime_checkable
 class LaunchingBackend(Protocol):
-    """A back end on a processor whose attention of decode rows can be a part of a larger launch."""
+    """A back end on a processor whose attention can be a part of a larger launch."""
 
-    def decode_launch(
+    def launches(
         self,
         plan: Any,
         layer: LayerSpec,
@@ -128,10 +128,9 @@ class LaunchingBackend(Protocol):
         scaling: float,
         softcap: float = 0.0,
         sinks_H: Tensor | None = None,
-    ) -> Launch | None:
-        """What `AttentionBackend.attend` would run, with its arguments for this step, to be run before the next is
-        asked for; ``out_THE`` is contiguous. None: the step has other rows too, or this does not fit, and nothing is
-        done."""
+    ) -> tuple[Launch, ...] | None:
+        """What `AttentionBackend.attend` would run one after another, with the arguments for this step, to be run
+        before the next is asked for; ``out_THE`` is contiguous. None: something of it is no kernel; nothing is done."""
 
 
 @runtime_checkable

@@ -164,7 +164,7 @@ class LlvmPaged:
             )
         return out_THE.to(dtype)
 
-    def decode_launch(
+    def launches(
         self,
         plan: Plan,
         layer: LayerSpec,
@@ -177,16 +177,28 @@ class LlvmPaged:
         scaling: float,
         softcap: float = 0.0,
         sinks_H: Tensor | None = None,
-    ) -> Launch | None:
-        if not plan.num_rows or plan.chunks or plan.torch_plan is not None or sinks_H is not None:
+    ) -> tuple[Launch, ...] | None:
+        if plan.torch_plan is not None or sinks_H is not None or query_HTD.dtype != self.dtype:
             return None
-        if query_HTD.dtype != self.dtype:
-            return None
-        decode = self._kernels_of(layer, scaling, softcap, has_sinks=False).decode
-        rows = plan.rows[layer.window, layer.chunk]
-        return decode.kernel, decode.arguments(
-            rows, plan.slots_T, query_HTD, key_KTD, value_KTE, cache.keys_KSD, cache.values_KSE, out_THE, None
-        )
+        kernels = self._kernels_of(layer, scaling, softcap, has_sinks=False)
+        rows, keys_KSD, values_KSE = plan.num_rows, cache.keys_KSD, cache.values_KSE
+        launches: list[Launch] = []
+        if plan.chunks:
+            launches.append(cache_write.launch(key_KTD[:, rows:], keys_KSD, plan.slots_T[rows:]))
+            launches.append(cache_write.launch(value_KTE[:, rows:], values_KSE, plan.slots_T[rows:]))
+            assert kernels.prefill is not None
+            chunks = plan.chunks[layer.query_heads // layer.kv_heads]
+            arguments = kernels.prefill.arguments(
+                chunks, query_HTD[:, rows:], keys_KSD, values_KSE, out_THE[rows:], None
+            )
+            launches.append((kernels.prefill.kernel, arguments))
+        if rows:
+            sight = plan.rows[layer.window, layer.chunk]
+            arguments = kernels.decode.arguments(
+                sight, plan.slots_T, query_HTD, key_KTD, value_KTE, keys_KSD, values_KSE, out_THE, None
+            )
+            launches.append((kernels.decode.kernel, arguments))
+        return tuple(launches)
 
     def _kernels_of(self, layer: LayerSpec, scaling: float, softcap: float, *, has_sinks: bool) -> _Kernels:
         key = layer, scaling, softcap, has_sinks

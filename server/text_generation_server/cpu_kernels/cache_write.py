@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from text_generation_server.cpu_kernels import paging
-from text_generation_server.cpu_kernels.compiler import Kernel, new_code
+from text_generation_server.cpu_kernels.compiler import Kernel, Launch, new_code
 
 TOKENS_PER_UNIT = 16
 
@@ -16,9 +16,14 @@ TOKENS_PER_UNIT = 16
 def write(heads_KTD: Tensor, cache_KSD: Tensor, slots_T: Tensor) -> None:
     """Copy each token's keys, or values, to its slot. The last dimension of ``heads_KTD`` is contiguous; it has a token
     for each of ``slots_T`` (int64), or more. For heads that ``decode_attention.supports``."""
+    kernel, arguments = launch(heads_KTD, cache_KSD, slots_T)
+    kernel(*arguments, units=-(-slots_T.shape[0] // TOKENS_PER_UNIT))
+
+
+def launch(heads_KTD: Tensor, cache_KSD: Tensor, slots_T: Tensor) -> Launch:
+    """The same as a part of a larger launch."""
     num_heads, num_slots, width = cache_KSD.shape
-    num_tokens = slots_T.shape[0]
-    _kernel(width, cache_KSD.dtype)(
+    return _kernel(width, cache_KSD.dtype), (
         heads_KTD.data_ptr(),
         heads_KTD.stride(0),
         heads_KTD.stride(1),
@@ -26,8 +31,7 @@ def write(heads_KTD: Tensor, cache_KSD: Tensor, slots_T: Tensor) -> None:
         num_slots,
         num_heads,
         slots_T.data_ptr(),
-        num_tokens,
-        units=-(-num_tokens // TOKENS_PER_UNIT),
+        slots_T.shape[0],
     )
 
 

@@ -117,7 +117,7 @@ class PrefillAttention:
         """``window`` and ``chunk`` as in ``attention/interface.py: LayerSpec``; ``registers``: if not the best there
         are."""
         self.shape = shape
-        self._kernel = _compiled(shape, window, chunk, registers or best_registers())
+        self.kernel = _compiled(shape, window, chunk, registers or best_registers())
 
     def __call__(
         self,
@@ -130,9 +130,21 @@ class PrefillAttention:
     ) -> None:
         """Attend to keys and values that are in the cache already, the chunks' own among them; fills ``out_THE``, which
         is contiguous. The last dimension of queries is contiguous, ``sinks_H`` is float32."""
-        num_units = chunks.units_U4.shape[0]
-        self._kernel(
-            num_units,
+        arguments = self.arguments(chunks, query_HTD, keys_KSD, values_KSE, out_THE, sinks_H)
+        self.kernel(*arguments, units=chunks.units_U4.shape[0] * self.shape.kv_heads)
+
+    def arguments(
+        self,
+        chunks: Chunks,
+        query_HTD: Tensor,
+        keys_KSD: Tensor,
+        values_KSE: Tensor,
+        out_THE: Tensor,
+        sinks_H: Tensor | None,
+    ) -> tuple[int, ...]:
+        """The kernel's."""
+        return (
+            chunks.units_U4.shape[0],
             chunks.units_U4.data_ptr(),
             chunks.tables_RB.data_ptr(),
             chunks.tables_RB.shape[1],
@@ -145,7 +157,6 @@ class PrefillAttention:
             out_THE.data_ptr(),
             0 if sinks_H is None else sinks_H.data_ptr(),
             tiles.shapes(2 * LANES).data_ptr(),
-            units=num_units * self.shape.kv_heads,
         )
 
 

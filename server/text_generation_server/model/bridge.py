@@ -80,17 +80,17 @@ def attend(
     return _handler(module, query_HTD, key_KTD, value_KTE, arguments)
 
 
-def launch(
+def launches(
     module: nn.Module,
     query_HTD: Tensor,
     key_KTD: Tensor,
     value_KTE: Tensor,
     out_THE: Tensor,
     arguments: dict[str, Any],
-) -> Launch | None:
+) -> tuple[Launch, ...] | None:
     """The same call as a part of a launch of the caller's, which is to run now; see ``LaunchingBackend``. None where
     the handler only knows of calls."""
-    launching = getattr(_handler, "launch", None)
+    launching = getattr(_handler, "launches", None)
     return None if launching is None else launching(module, query_HTD, key_KTD, value_KTE, out_THE, arguments)
 
 

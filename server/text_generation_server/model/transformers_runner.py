@@ -65,7 +65,7 @@ class PagedStep:
             **options,
         )
 
-    def launch(
+    def launches(
         self,
         module: nn.Module,
         query_HTD: Tensor,
@@ -73,12 +73,12 @@ class PagedStep:
         value_KTE: Tensor,
         out_THE: Tensor,
         arguments: dict[str, Any],
-    ) -> Launch | None:
+    ) -> tuple[Launch, ...] | None:
         index: int = getattr(module, bridge.LAYER_ATTRIBUTE)
         runner = self.runner
         if runner.launching is None or index in runner.temperatures:
             return None
-        launch = runner.launching.decode_launch(
+        launches = runner.launching.launches(
             self.plan,
             runner.layers[index],
             self.cache.layers[index],
@@ -88,10 +88,10 @@ class PagedStep:
             out_THE,
             **_options(arguments, query_HTD),
         )
-        if launch is not None:
+        if launches is not None:
             self.calls += 1
             runner.on_progress()
-        return launch
+        return launches
 
 
 def _options(arguments: dict[str, Any], query_HTD: Tensor) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""A decoder layer of the Llama pattern in two launches, with attention between them, or in one with its kernel inside.
+"""A decoder layer of the Llama pattern in one launch with the kernels of attention inside, or in two where attention
+is not kernels alone.
 
 Launching a kernel costs a few microseconds, and so does each operation of torch around it: in a decode step of a small
 model that is as much as the work itself.
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from text_generation_server.cpu_kernels import rms_norm, rotary
-from text_generation_server.cpu_kernels.compiler import Kernel, Sequence
+from text_generation_server.cpu_kernels.compiler import Kernel, Launch, Sequence
 from text_generation_server.cpu_kernels.packed_product import PackedProduct
 from text_generation_server.cpu_kernels.panels import Epilogue
 from text_generation_server.model import bridge
@@ -48,8 +49,6 @@ class LayerKernels:
         )
         self._addresses: tuple[int, ...] = ()
         """That the two launches know."""
-        self._single_addresses: tuple[int, ...] = ()
-        """That the single launch knows."""
         first_norm, second_norm = (rms_norm.kernel(norm.shape[0], attention.dtype, norm.eps) for norm in norms)
         has_head_norms = attention.kernel_norm_weight is not None
         rotate = rotary.kernel(
@@ -62,8 +61,8 @@ class LayerKernels:
         self._before_kernels = first_norm, qkv.kernel, rotate
         self._after_kernels = out.kernel, second_norm, gated.kernel, down.kernel
         self._before, self._after = Sequence(*self._before_kernels), Sequence(*self._after_kernels)
-        self._single: tuple[Kernel, Sequence] | None = None
-        """With an attention kernel."""
+        self._singles: dict[tuple[Kernel, ...], _Single] = {}
+        """By the kernels of attention: those of decode rows, of prompts, or of both."""
 
     @classmethod
     def of(
@@ -89,9 +88,9 @@ class LayerKernels:
     def __call__(self, hidden_1TC: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         step = _step_of(hidden_1TC, position_embeddings, self._shape)
         heads = step.query_HTD, step.key_KTD, step.value_KTD
-        launch = bridge.launch(self._attention, *heads, step.attended_THD, self._attention.arguments)
-        if launch is not None:
-            self._run_at_once(step, *launch)
+        launches = bridge.launches(self._attention, *heads, step.attended_THD, self._attention.arguments)
+        if launches is not None:
+            self._run_at_once(step, launches)
             return step.hidden_1TC
         if self._addresses != step.addresses:  # decode steps of one size mostly find the same memory again
             self._addresses = step.addresses
@@ -104,18 +103,21 @@ class LayerKernels:
         self._after.run()
         return step.hidden_1TC
 
-    def _run_at_once(self, step: _Step, attention: Kernel, arguments: tuple[int, ...]) -> None:
-        if self._single is None or self._single[0] is not attention:
-            self._single = attention, Sequence(*self._before_kernels, attention, *self._after_kernels)
-            self._single_addresses = ()
-        _, sequence = self._single
-        if self._single_addresses != step.addresses:
-            self._single_addresses = step.addresses
+    def _run_at_once(self, step: _Step, launches: tuple[Launch, ...]) -> None:
+        kernels = tuple(kernel for kernel, _ in launches)
+        single = self._singles.get(kernels)
+        if single is None:
+            single = _Single(Sequence(*self._before_kernels, *kernels, *self._after_kernels))
+            self._singles[kernels] = single
+        arguments = [arguments for _, arguments in launches]
+        if single.addresses != step.addresses:
+            single.addresses = step.addresses
             before, after = self._arguments(step)
-            sequence.fill(*before, arguments, *after)
+            single.sequence.fill(*before, *arguments, *after)
         else:
-            sequence.set(len(self._before_kernels), *arguments)
-        sequence.run()
+            for place, values in enumerate(arguments, len(self._before_kernels)):
+                single.sequence.set(place, *values)
+        single.sequence.run()
 
     def _arguments(self, step: _Step) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
         """Of the kernels before attention, and of those after it."""
@@ -133,6 +135,15 @@ class LayerKernels:
             self._down.arguments(num_tokens, inner, x, x),
         ]
         return before, after
+
+
+@dataclass(slots=True)
+class _Single:
+    """A layer's launch with attention inside."""
+
+    sequence: Sequence
+    addresses: tuple[int, ...] = ()
+    """That it knows."""
 
 
 def _kernel_weight(norm: FastRMSNorm) -> Tensor:
