@@ -9,8 +9,9 @@ Shape legend: K inputs, N outputs.
 
 from __future__ import annotations
 
+import contextlib
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +79,16 @@ def gate_and_up(gate_NK: Tensor, up_NK: Tensor) -> Tensor:
     return pairs.view(2 * num_outputs, num_inputs)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What a thread multiplies as one unit of work."""
+
+    first_panel: Value
+    stop_panel: Value
+    first_row: Value
+    stop_row: Value
+
+
 class Operands:
     """What all kernels are given: see ``PackedProduct.arguments``."""
 
@@ -88,6 +99,20 @@ class Operands:
             code.arguments[number] for number in range(6, 10)
         )
         self.panels_per_unit, self.num_units = code.arguments[10], code.arguments[11]
+
+    @contextlib.contextmanager
+    def shares(self, code: Code, rows_per_unit: int) -> Iterator[Share]:
+        """What this thread takes, one share after another, until none is left."""
+        num_parts = (self.num_rows + (rows_per_unit - 1)) // rows_per_unit
+        with code.units(self.num_units) as unit:
+            first_panel = (unit // num_parts) * self.panels_per_unit
+            first_row = unit % num_parts * rows_per_unit
+            yield Share(
+                first_panel=first_panel,
+                stop_panel=code.smaller(first_panel + self.panels_per_unit, self.num_panels),
+                first_row=first_row,
+                stop_row=code.smaller(first_row + rows_per_unit, self.num_rows),
+            )
 
     def store(
         self, code: Code, epilogue: Epilogue, row: Value, panel: Value, results: list[Value], *, has_bias: bool

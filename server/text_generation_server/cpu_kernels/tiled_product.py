@@ -20,6 +20,7 @@ from text_generation_server.cpu_kernels.panels import (
     Epilogue,
     Method,
     Operands,
+    Share,
     pack_by_steps,
 )
 from text_generation_server.cpu_kernels.tiles import Tiles
@@ -49,13 +50,8 @@ def kernel(epilogue: Epilogue, has_bias: bool) -> Kernel:
     code = new_code("tiled_product")
     operands = Operands(code)
     shapes_of_others = Tiles.save(code)
-    num_parts = (operands.num_rows + (ROWS_PER_UNIT - 1)) // ROWS_PER_UNIT
-    with code.units(operands.num_units) as unit:
-        first_panel = (unit // num_parts) * operands.panels_per_unit
-        stop_panel = code.smaller(first_panel + operands.panels_per_unit, operands.num_panels)
-        first_row = unit % num_parts * ROWS_PER_UNIT
-        stop_row = code.smaller(first_row + ROWS_PER_UNIT, operands.num_rows)
-        _Unit(code, operands, epilogue, first_panel, stop_panel, first_row, stop_row, has_bias=has_bias).multiply()
+    with operands.shares(code, ROWS_PER_UNIT) as share:
+        _Unit(code, operands, epilogue, share, has_bias=has_bias).multiply()
     Tiles.restore(code, shapes_of_others)
     return Kernel(code, num_arguments=NUM_ARGUMENTS + 3)
 
@@ -102,15 +98,13 @@ class _Unit:
         code: Code,
         operands: Operands,
         epilogue: Epilogue,
-        first_panel: Value,
-        stop_panel: Value,
-        first_row: Value,
-        stop_row: Value,
+        share: Share,
         *,
         has_bias: bool,
     ) -> None:
         self.code, self.operands, self.epilogue, self.has_bias = code, operands, epilogue, has_bias
-        self.first_panel, self.stop_panel, self.first_row, self.stop_row = first_panel, stop_panel, first_row, stop_row
+        self.first_panel, self.stop_panel = share.first_panel, share.stop_panel
+        self.first_row, self.stop_row = share.first_row, share.stop_row
         self.registers = Tiles(code)
         self.rows, self.weights, self.num_inputs = operands.rows, operands.weights, operands.num_inputs
         self.full_shape, self.last_shape, self.inputs_per_chunk = (

@@ -26,6 +26,7 @@ from text_generation_server.cpu_kernels.panels import (
     Epilogue,
     Method,
     Operands,
+    Share,
     pack_by_tiles,
 )
 
@@ -79,14 +80,9 @@ def method_by(blocks: tuple[Block, ...], *, by_pairs: bool) -> Method:
 def _kernel(epilogue: Epilogue, has_bias: bool, blocks: tuple[Block, ...], by_pairs: bool) -> Kernel:
     code = new_code("vector_product")
     operands = Operands(code)
-    num_parts = (operands.num_rows + (ROWS_PER_UNIT - 1)) // ROWS_PER_UNIT
-    with code.units(operands.num_units) as unit:
-        first_panel = (unit // num_parts) * operands.panels_per_unit
-        stop_panel = code.smaller(first_panel + operands.panels_per_unit, operands.num_panels)
-        first_row = unit % num_parts * ROWS_PER_UNIT
-        stop_row = code.smaller(first_row + ROWS_PER_UNIT, operands.num_rows)
-        rows = _Rows(code, operands, blocks, first_row, stop_row, by_pairs=by_pairs)
-        _Unit(code, operands, rows, first_panel, stop_panel).multiply(epilogue, has_bias=has_bias)
+    with operands.shares(code, ROWS_PER_UNIT) as share:
+        rows = _Rows(code, operands, blocks, share, by_pairs=by_pairs)
+        _Unit(code, operands, rows, share).multiply(epilogue, has_bias=has_bias)
     return Kernel(code, num_arguments=NUM_ARGUMENTS)
 
 
@@ -94,15 +90,15 @@ class _Rows:
     """A unit's rows, as they are multiplied, and the blocks that they are cut into."""
 
     def __init__(
-        self, code: Code, operands: Operands, blocks: tuple[Block, ...], first: Value, stop: Value, *, by_pairs: bool
+        self, code: Code, operands: Operands, blocks: tuple[Block, ...], share: Share, *, by_pairs: bool
     ) -> None:
         self.code, self.by_pairs = code, by_pairs
-        self.first, self.stop = first, stop
+        self.first, self.stop = share.first_row, share.stop_row
         self.blocks, self.most = blocks, blocks[-1].rows
         self.source, self.num_inputs = operands.rows, operands.num_inputs
         room = code.scratch(ROWS_PER_UNIT * WIDTH)
         self.numbers = room.of(torch.bfloat16) if by_pairs else room
-        self.num_blocks = (stop - first + (self.most - 1)) // self.most
+        self.num_blocks = (self.stop - self.first + (self.most - 1)) // self.most
 
     def take(self, first_input: Value, stop_input: Value) -> None:
         """Some inputs of all rows. The last one stands in for those that a block lacks."""
@@ -121,9 +117,9 @@ class _Rows:
 class _Unit:
     """The code of a unit: some rows, some panels, all for some of the inputs, then for the next."""
 
-    def __init__(self, code: Code, operands: Operands, rows: _Rows, first_panel: Value, stop_panel: Value) -> None:
+    def __init__(self, code: Code, operands: Operands, rows: _Rows, share: Share) -> None:
         self.code, self.operands, self.rows = code, operands, rows
-        self.first_panel, self.stop_panel = first_panel, stop_panel
+        self.first_panel, self.stop_panel = share.first_panel, share.stop_panel
         self.results = code.scratch(PANELS_PER_UNIT * ROWS_PER_UNIT * PANEL)
         """Of one panel, or of all if inputs come in parts."""
 
