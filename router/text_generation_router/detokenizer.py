@@ -84,8 +84,9 @@ class SequenceDetokenizer:
     def _give_up(self) -> str:
         """Put out what is held, but for what the next id may still complete."""
         text = self.rest()
-        num_unshown = min(len(text) - len(text.rstrip(_REPLACEMENT)), _LONGEST_INCOMPLETE)
         self._take_held()
+        # One character of the text may be several ids, and the recent ones have to say all that is not out.
+        num_unshown = min(_num_incomplete(text), _num_incomplete(self._decode(self._recent_ids)), _LONGEST_INCOMPLETE)
         self._restart(num_unshown)
         return text[: len(text) - num_unshown]
 
@@ -107,6 +108,11 @@ class SequenceDetokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def _num_incomplete(text: str) -> int:
+    """Characters at the end that the next id may make something else of."""
+    return len(text) - len(text.rstrip(_REPLACEMENT))
 
 
 def _behind(shown: str, text: str) -> str:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from builders import byte_tokenizer
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from text_generation_router.detokenizer import Detokenizer
 from tokenizers import Tokenizer, decoders, models
@@ -50,6 +50,7 @@ def test_pieces_and_rest_concatenate_to_the_text(text: str, prompt: str, end_of_
 
 
 @given(st.lists(st.integers(0, 255) | st.sampled_from([0xE2, 0x82, 0xAC, 0xF0, 0x9F]), max_size=60))
+@example([0x80, 0x80, 0x80, 0xF0, 0x90, 0x80, 0xF0, 0x90, 0x80])  # several bytes that look like one character
 def test_bytes_that_are_no_characters_are_shown_as_such(values: list[int]) -> None:
     ids = [BYTE_IDS[value] for value in values]
     sequence = Detokenizer(BYTES, frozenset()).start([])

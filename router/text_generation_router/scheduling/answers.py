@@ -52,7 +52,7 @@ class Answer:
                 generated_tokens=index,
                 seed=queued.request.sampling.seed if queued.request.sampling.do_sample else None,
                 input_length=queued.num_prompt_tokens,
-                cached_tokens=queued.num_cached_tokens or 0,
+                cached_tokens=queued.num_cached_tokens,
                 timings=RequestTimings(
                     validation_s=queued.validation_s,
                     queue_s=started_at - queued.enqueued_at,

@@ -143,8 +143,6 @@ class Batcher:
             for sequence in plan.new_sequences:
                 if sequence.queued.started_at is None:
                     sequence.queued.started_at = now
-                    self._metrics.prefix_cache_queried_tokens.inc(sequence.queued.num_prompt_tokens)
-                    self._metrics.prefix_cache_hit_tokens.inc(sequence.lease.num_cached_tokens)
             self._count_dispatch(plan)
             follows = self._shards.num_in_flight > 0
             step_id = await self._shards.send(step_request(plan, prefill_logprobs=self._shards.info.prefill_logprobs))
@@ -225,6 +223,8 @@ class Batcher:
                 self._metrics.inter_token_latency_duration.observe(answer.last_token_at - before)
             else:
                 self._metrics.time_to_first_token_duration.observe(answer.last_token_at - queued.enqueued_at)
+                self._metrics.prefix_cache_queried_tokens.inc(queued.num_prompt_tokens)
+                self._metrics.prefix_cache_hit_tokens.inc(queued.num_cached_tokens)
             queued.stream.put(event)
             self._scheduler.took_token(sequence)
             if event.finished is not None:

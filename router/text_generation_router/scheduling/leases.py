@@ -64,12 +64,7 @@ class Leases:
         What the cache knows of its beginning is reused, but for the last token: something has to be computed to sample
         behind it.
         """
-        lease = Lease([], 0, set())
-        if self._tree is not None:
-            most = (len(token_ids) - 1) // self.block_size if reuse else 0
-            lease.last, lease.table = self._tree.pin(salt, token_ids, most)
-            lease.num_entered = len(lease.table)
-            lease.num_cached_tokens = lease.num_entered * self.block_size
+        lease = self._begin(token_ids, salt, reuse=reuse)
         missing = self.blocks_for(len(token_ids)) - len(lease.table)
         if missing + spare > self.num_available:
             self._unpin(lease)
@@ -77,6 +72,20 @@ class Leases:
         own = self.grow(lease, missing)
         assert own is not None
         return lease
+
+    def retake(self, lease: Lease, token_ids: Sequence[int], *, salt: bytes, num_sent: int) -> Lease | None:
+        """Another lease for a prompt that is not computed yet, if the cache knows more of it now than ``num_sent``.
+
+        The old one is given back then. None, and nothing changed, if the cache knows no more.
+        """
+        new = self._begin(token_ids, salt, reuse=True)
+        if new.num_cached_tokens <= num_sent:
+            self._unpin(new)
+            return None
+        self.give_back(lease)
+        own = self.grow(new, self.blocks_for(len(token_ids)) - len(new.table))
+        assert own is not None, "it needs fewer than it gave back"
+        return new
 
     def grow(self, lease: Lease, count: int) -> list[int] | None:
         """``count`` more blocks behind those of the lease, or None when there are not that many."""
@@ -115,6 +124,16 @@ class Leases:
         """Empty the cache: what the blocks held is no more. Leases have to be given back first."""
         if self._tree is not None:
             self._blocks.free(self._tree.clear())
+
+    def _begin(self, token_ids: Sequence[int], salt: bytes, *, reuse: bool) -> Lease:
+        """A lease of what the cache knows, if that is to be used; the blocks behind it are still missing."""
+        lease = Lease([], 0, set())
+        if self._tree is not None:
+            most = (len(token_ids) - 1) // self.block_size if reuse else 0
+            lease.last, lease.table = self._tree.pin(salt, token_ids, most)
+            lease.num_entered = len(lease.table)
+            lease.num_cached_tokens = lease.num_entered * self.block_size
+        return lease
 
     def _enter(self, lease: Lease, *, past_known: bool) -> None:
         if self._tree is None or lease.last is None or not lease.later:

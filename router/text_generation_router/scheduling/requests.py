@@ -182,8 +182,8 @@ class QueuedRequest:
     enqueued_at: float = field(default_factory=time.perf_counter)
     started_at: float | None = None
     """When the first step that computes it was sent."""
-    num_cached_tokens: int | None = None
-    """Prompt tokens that the prefix cache had when it was first admitted; None before."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that were taken from the prefix cache on the way to the first token."""
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -23,13 +23,13 @@ class RunningSequence:
     """
 
     queued: QueuedRequest
-    sequence_id: int
     token_ids: list[int]
     """Prompt, and after a pre-emption the ids generated so far; what the shard computes before it samples."""
     lease: Lease
-    num_sent: int
+    sequence_id: int = 0
+    num_sent: int = 0
     """Leading ``token_ids`` that were in the cache or have been sent for computation."""
-    num_outputs_sent: int
+    num_outputs_sent: int = 0
     """Output tokens that the steps sent so far yield, those from before a pre-emption included."""
     is_long: bool = False
     """Whether no single step can take in all that it has to compute before its first token."""
@@ -91,6 +91,8 @@ class StepScheduler:
         self._next_sequence_id = 1
         self._waiting_tokens = 1
         self._blocks_ran_dry = False
+        self._cache_grew = False
+        """Since a prompt was last looked up that had been let in already."""
 
     def plan(self, *, num_in_flight: int) -> StepPlan | None:
         """The next step, or None when there is nothing to compute before a result or a request arrives.
@@ -115,8 +117,9 @@ class StepScheduler:
         """A result has brought the sequence's next token: all before it is computed, and was finite."""
         is_first = sequence.num_verified == 0
         sequence.num_verified = sequence.queued.num_tokens - 1
-        if is_first:  # its prompt may be the prompt of others that come while it runs
+        if is_first:  # its prompt may be the prompt of others that come while it runs, or have come with it
             self.leases.enter(sequence.lease, sequence.token_ids, sequence.num_verified)
+            self._cache_grew = True
 
     def finish(self, sequence: RunningSequence, *, keep: bool = True) -> None:
         """Give back what a running sequence holds and have the shards drop it; twice is harmless.
@@ -192,6 +195,7 @@ class StepScheduler:
 
     def _add_chunks(self, plan: StepPlan) -> None:
         """Fill the step with prompt chunks: sequences that began first, then admissions in arrival order."""
+        self._take_up_cached(plan)
         budget = max(self.limits.max_batch_prefill_tokens - len(plan.decodes), 1)
         started = [sequence for sequence in self.running.values() if sequence.num_unsent]
         time = StepTime(
@@ -209,6 +213,41 @@ class StepScheduler:
         while budget > 0 and (newcomer := self._admit()) is not None:
             plan.new_sequences.append(newcomer)
             budget -= self._add_chunk(plan, newcomer, budget, time)
+
+    def _take_up_cached(self, plan: StepPlan) -> None:
+        """Let prompts go on from what another sequence has computed since they were let in.
+
+        Requests with a common beginning often come together; all but the first would compute it again.
+        """
+        if not self._cache_grew:
+            return
+        self._cache_grew = False
+        for sequence in list(self.running.values()):
+            request = sequence.queued.request
+            if sequence.num_unsent == 0 or request.decoder_input_details:
+                continue
+            lease = self.leases.retake(
+                sequence.lease, sequence.token_ids, salt=request.cache_salt, num_sent=sequence.num_sent
+            )
+            if lease is None:
+                continue
+            # To the shards it is another sequence. What is under way for the old one is done in vain, before the drop.
+            self._drops.append(sequence.sequence_id)
+            self._begin(sequence, lease)
+            plan.new_sequences.append(sequence)
+        if plan.new_sequences:  # they keep their places: the newest are the first to be pre-empted
+            self.running = {sequence.sequence_id: sequence for sequence in self.running.values()}
+
+    def _begin(self, sequence: RunningSequence, lease: Lease) -> None:
+        """Start it, or start it anew, with these blocks."""
+        sequence.lease = lease
+        sequence.num_sent = lease.num_cached_tokens
+        sequence.sequence_id = self._next_sequence_id
+        self._next_sequence_id += 1
+        num_new = len(sequence.token_ids) - lease.num_cached_tokens
+        sequence.is_long = num_new > self.limits.max_batch_prefill_tokens
+        if not sequence.queued.output_ids:
+            sequence.queued.num_cached_tokens = lease.num_cached_tokens
 
     def _add_chunk(self, plan: StepPlan, sequence: RunningSequence, budget: int, time: StepTime) -> int:
         """Take in as much of a prompt as the step has room and time for; returns how much."""
@@ -248,18 +287,8 @@ class StepScheduler:
         if lease is None:
             return None
         self.waiting.pop()
-        sequence = RunningSequence(
-            queued=queued,
-            sequence_id=self._next_sequence_id,
-            token_ids=token_ids,
-            lease=lease,
-            num_sent=lease.num_cached_tokens,
-            num_outputs_sent=len(queued.output_ids),
-            is_long=len(token_ids) - lease.num_cached_tokens > self.limits.max_batch_prefill_tokens,
-        )
-        if queued.num_cached_tokens is None:
-            queued.num_cached_tokens = lease.num_cached_tokens
-        self._next_sequence_id += 1
+        sequence = RunningSequence(queued, token_ids, lease, num_outputs_sent=len(queued.output_ids))
+        self._begin(sequence, lease)
         self._waiting_tokens = 1
         self.running[sequence.sequence_id] = sequence
         return sequence

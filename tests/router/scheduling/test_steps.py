@@ -341,3 +341,46 @@ def test_a_second_long_prompt_is_let_in_without_a_chunk_and_those_behind_it_do_n
     step = plan(steps)
     assert [size for _, size in step.chunks] == [48, 30]
     assert len(step.new_sequences) == 3
+
+
+def test_a_burst_with_a_common_beginning_computes_it_at_most_twice() -> None:
+    steps = scheduler(num_blocks=5000, prefill=512, caching=True)
+    running(steps, 8)
+    burst = [queued(2000 + tail) for tail in range(8)]
+    for request in burst:
+        steps.waiting.append(request)
+    computed, sent = 0, deque[StepPlan]()
+    while not all(request.output_ids for request in burst):
+        step = plan(steps, num_in_flight=len(sent))
+        computed += sum(size for _, size in step.chunks)
+        sent.append(step)
+        if len(sent) < 2:  # one step is always planned before the result of the one before is known
+            continue
+        for sequence, _ in sent.popleft().chunks:
+            if sequence.num_unsent == 0 and not sequence.queued.output_ids:
+                sequence.queued.output_ids.append(7)
+                steps.took_token(sequence)
+    assert computed < 2 * 2100
+    assert [request.num_cached_tokens >= 1996 for request in burst[1:]] == [True] * 7
+
+
+def test_a_prompt_that_goes_on_from_what_another_computed_is_a_new_one_to_the_shards() -> None:
+    steps = scheduler(num_blocks=64, prefill=16, caching=True)
+    first, second = queued(24), queued(40)
+    steps.waiting.append(first)
+    plan(steps)
+    steps.waiting.append(second)
+    step = plan(steps)  # 8 of the first, 8 of the second
+    assert [size for _, size in step.chunks] == [8, 8]
+    one, two = steps.running.values()
+    old_id = two.sequence_id
+    first.output_ids.append(7)
+    steps.took_token(one)
+    step = plan(steps)
+    assert step.drops == [old_id]
+    assert step.new_sequences == [two]
+    assert two.sequence_id in steps.running
+    assert old_id not in steps.running
+    assert two.lease.table[:6] == one.lease.table[:6]
+    assert [size for sequence, size in step.chunks if sequence is two] == [15]  # up to 39: the first has a row
+    assert second.num_cached_tokens == 24
