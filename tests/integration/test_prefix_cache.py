@@ -45,6 +45,19 @@ def test_answers_behind_one_beginning_are_exact_the_first_time_and_the_second(ti
     assert after["tgi_prefix_cache_blocks"] > 0
 
 
+def test_a_burst_behind_one_beginning_computes_it_at_most_twice(tiny_llama: Path) -> None:
+    """They come together, beside a running stream and longer than a step, so that none finds anything at its start."""
+    (beginning,) = prompts(lengths=(400,), seed=911)
+    texts = ["A stream.", *(beginning + tail for tail in TAILS)]
+    reference = Reference(tiny_llama)
+    expected = [reference.greedy(text, NEW_TOKENS) for text in texts]
+    with serving("--model-id", str(tiny_llama), "--max-batch-prefill-tokens", "32") as server:
+        assert asyncio.run(wave(server, texts)) == expected
+        computed = (after := wait_until_idle(server))["tgi_prefix_cache_queried_tokens"]
+        computed -= after["tgi_prefix_cache_hit_tokens"]
+        assert computed <= 2 * len(beginning) + sum(16 + len(tail) for tail in TAILS) + len(texts[0])
+
+
 def test_the_next_turn_of_a_conversation_reuses_the_answer_too(reciting: Launched) -> None:
     question = "Recite, and go on and on: A"
     answer = generate(reciting, question, max_new_tokens=60)["generated_text"]
