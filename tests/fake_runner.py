@@ -55,6 +55,7 @@ class FakeRunner:
             window_size=0,
             kv_bytes_per_token=8,
         )
+        self.pads_steps = True
         self.block_size = block_size
         self.cache = torch.zeros(0, dtype=torch.int64)
         self.zeroed: list[int] = []

@@ -69,6 +69,10 @@ class GraphedRunner:
         return self.runner.info
 
     @property
+    def pads_steps(self) -> bool:
+        return self.runner.pads_steps
+
+    @property
     def sizes(self) -> list[int]:
         """Those that there are graphs of."""
         return sorted(self._graphs)

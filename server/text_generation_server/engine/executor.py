@@ -166,7 +166,9 @@ class StepExecutor:
         sampling_rows: list[SamplingRow] = []
         first_ids_T: Tensor | None = None
         for pass_rows in split_passes(rows, MAX_PROMPT_LOGITS_ROWS):
-            inputs, counts = build_inputs(pass_rows, block_size=self._limits.block_size, device=self._device)
+            inputs, counts = build_inputs(
+                pass_rows, block_size=self._limits.block_size, device=self._device, pads=self._runner.pads_steps
+            )
             _fill_in_pending(inputs.input_ids_T, pass_rows, previous)
             first_ids_T = inputs.input_ids_T if first_ids_T is None else first_ids_T
             launched.forward.start()

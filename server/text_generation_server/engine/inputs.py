@@ -62,14 +62,16 @@ class ForwardInputs:
         )
 
 
-def build_inputs(rows: Sequence[Row], *, block_size: int, device: torch.device) -> tuple[ForwardInputs, list[int]]:
+def build_inputs(
+    rows: Sequence[Row], *, block_size: int, device: torch.device, pads: bool
+) -> tuple[ForwardInputs, list[int]]:
     """Pack the rows of one forward pass, decode rows first, with the logits that sampling and prompt logprobs read.
 
     Returns: the inputs, and for each row the number of its logits, which follow each other in row order. A token
-    that is only on the device so far has id 0 here; ``executor.py`` puts the right one in.
+    that is only on the device so far has id 0 here; ``executor.py`` puts the right one in. ``pads``: to `padded`.
     """
     num_tokens = sum(row.num_tokens for row in rows)
-    packed = np.zeros((3, padded(num_tokens, device)), dtype=np.int64)
+    packed = np.zeros((3, padded(num_tokens) if pads else num_tokens), dtype=np.int64)
     logits_indices: list[int] = []
     logits_counts: list[int] = []
     offset = 0
@@ -105,14 +107,14 @@ def build_inputs(rows: Sequence[Row], *, block_size: int, device: torch.device) 
     return inputs, logits_counts
 
 
-def padded(num_tokens: int, device: torch.device) -> int:
-    """The number of tokens that a step of ``num_tokens`` is computed with.
+def padded(num_tokens: int) -> int:
+    """The number of tokens that a step of ``num_tokens`` is computed with where oneDNN multiplies.
 
-    On a CPU the library compiles its matrix products for each row count, and multiplies in tiles of 16 rows. Measured
+    It compiles its matrix products for each row count, and multiplies in tiles of 16 rows. Measured
     on 2 cores with AMX (135M parameters, bfloat16): a new count costs 10 ms in a decode step and 35 ms in a long one;
     480 rows take 160 ms, 481 take 191. So few counts occur, and large ones are full tiles.
     """
-    if device.type != "cpu" or num_tokens <= 8:
+    if num_tokens <= 8:
         return num_tokens
     tile = 8 if num_tokens <= 64 else 16
     return -(-num_tokens // tile) * tile

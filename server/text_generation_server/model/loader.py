@@ -24,6 +24,7 @@ from text_generation_server.model.architecture import Architecture, read_archite
 from text_generation_server.model.bridge import Unservable
 from text_generation_server.model.dtypes import has_products, resolve_dtype, resolve_kv_dtype
 from text_generation_server.model.runner import ModelInfo
+from text_generation_server.model.swaps import linears
 from text_generation_server.model.swaps import table as swaps
 from text_generation_server.model.transformers_runner import TransformersRunner
 
@@ -171,6 +172,7 @@ def _prepare(
             with bridge.handling(probe.dense):
                 without = without_swaps if attention in ("llvm", "triton") else without_swaps | {"kernels"}
                 swaps.apply(model, dtype=dtype, run=run, without=without, on_gpu=attention == "triton")
+            runner.pads_steps = group.device.type == "cpu" and linears.multiplies_with_library(model)
             runner.allocate_kv_cache(probe.blocks_needed(config.block_size))
             probe.verify(runner.forward, expected, block_size=config.block_size, what="the pass with swapped modules")
         except Unservable as reason:

@@ -176,7 +176,8 @@ def distance(forward: Callable[[ForwardInputs], Tensor], expected: Reference, *,
     """The error of the paged path's logits, relative to their spread. Raises: Unservable if it does not run."""
     rows: tuple[list[Tensor], list[Tensor]] = ([], [])
     for step in probe_steps(expected.prompts, block_size):
-        inputs, counts = build_inputs(step, block_size=block_size, device=expected.prompts[0].device)
+        device = expected.prompts[0].device
+        inputs, counts = build_inputs(step, block_size=block_size, device=device, pads=device.type == "cpu")
         try:
             logits = forward(inputs)
         except Exception as error:

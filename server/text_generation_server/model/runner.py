@@ -42,6 +42,10 @@ class ModelRunner(Protocol):
     @property
     def info(self) -> ModelInfo: ...
 
+    @property
+    def pads_steps(self) -> bool:
+        """Whether few numbers of rows are better than few rows (`engine.inputs.padded`)."""
+
     def allocate_kv_cache(self, num_blocks: int) -> None:
         """Make the cache for block ids 0 .. num_blocks (block 0 is padding), zero-filled. Replaces an earlier one."""
 

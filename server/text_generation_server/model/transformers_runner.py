@@ -125,6 +125,7 @@ class TransformersRunner:
         self.launching = backend if isinstance(backend, LaunchingBackend) else None
         self.block_size = block_size
         self.kv_dtype = info.dtype
+        self.pads_steps = info.device.type == "cpu"
         self.cache: KVCache | None = None
         self._page_touch: PageTouch | None = None
         self.on_progress: Callable[[], None] = lambda: None

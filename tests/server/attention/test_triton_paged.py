@@ -161,7 +161,7 @@ class Step:
     def attend(self, backend: AttentionBackend, rows: list[tuple[int, int, int]]) -> list[Tensor]:
         """``rows``: (sequence, first token, number of tokens), those of one token first; each row's [N, H, E]."""
         made = [Row(self.sequences[index], start, count, is_decode=count == 1) for index, start, count in rows]
-        inputs = build_inputs(made, block_size=BLOCK_SIZE, device=CPU)[0]
+        inputs = build_inputs(made, block_size=BLOCK_SIZE, device=CPU, pads=True)[0]
         query, key, value = (
             torch.cat([self.tokens[index][part][:, start : start + count] for index, start, count in rows], 1)
             for part in range(3)

@@ -93,7 +93,9 @@ def activation_bytes(runner: TransformersRunner, num_tokens: int) -> int:
         top_n_tokens=0,
         prefill_logprobs=False,
     )
-    inputs, _ = build_inputs([Row(sequence, 0, num_tokens, False)], block_size=16, device=torch.device("cpu"))
+    inputs, _ = build_inputs(
+        [Row(sequence, 0, num_tokens, False)], block_size=16, device=torch.device("cpu"), pads=True
+    )
     runner.allocate_kv_cache(num_tokens // 16)
     own, runner.backend = runner.backend, OnlyResults()
     try:

@@ -135,6 +135,7 @@ def test_weights_are_kept_once(tiny_model: MakeModel) -> None:
     assert isinstance(first.self_attn.qkv, KernelLinear)
     assert isinstance(first.self_attn.out, KernelLinear)
     assert isinstance(first.mlp, mlp.PackedMLP)
+    assert not runner.pads_steps, "nobody needs few numbers of rows"
     held = {tensor.data_ptr(): tensor.nbytes for tensor in (*first.parameters(), *first.buffers())}
     hidden, inner, heads = 64, 96, 4 * 32 + 2 * 2 * 32
     matrices = hidden * heads + 4 * 32 * hidden + 3 * hidden * inner
@@ -147,6 +148,7 @@ def test_attention_of_torch_leaves_all_kernels_out(dtype: Dtype, tiny_model: Mak
     assert not isinstance(runner.backend, LlvmPaged)
     assert bool(modules(runner, PackedLinear)) == can_pack(torch.empty(32, 32, dtype=getattr(torch, dtype)))
     assert not modules(runner, KernelLinear)
+    assert runner.pads_steps
     assert not any(layer.kernels for layer in modules(runner, layers.FusedLayer))
     assert not any(attention.has_kernel for attention in modules(runner, FusedAttention))
     assert all(norm.kernel_weight is None for norm in modules(runner, norms.FastRMSNorm))

@@ -143,6 +143,11 @@ def can_pack(weight: Tensor) -> bool:
     return weight.dtype == torch.float32
 
 
+def multiplies_with_library(model: nn.Module) -> bool:
+    """Whether any product of the model is not computed by kernels of ours."""
+    return any(isinstance(module, PackedLinear | nn.Linear) for module in model.modules())
+
+
 def pack(module: nn.Module, *, with_kernels: bool) -> nn.Module | None:
     """The faster equal of a plain linear layer; ``with_kernels`` allows ours."""
     weights = plain_weights(module)
