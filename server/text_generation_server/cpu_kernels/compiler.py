@@ -13,8 +13,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import llvmlite
 import torch
 
+from text_generation_server.cpu_kernels import object_cache
 from text_generation_server.cpu_kernels.language import Code
 
 _compiling = threading.Lock()
@@ -35,8 +37,9 @@ class Kernel:
     Arguments are addresses and integers. The tensors behind the addresses are the caller's to keep.
     """
 
-    def __init__(self, code: Code, *, num_arguments: int) -> None:
-        self._engine, self.address = _compile(code)
+    def __init__(self, code: Code, *, num_arguments: int, keep: bool = True) -> None:
+        """``keep`` the machine code for later starts: not if there are addresses of this process in it."""
+        self._engine, self.address = _compile(code, keep=keep)
         self.num_arguments = num_arguments
         self._parallel = _parallel()
         self._alone = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self.address)
@@ -115,7 +118,7 @@ def _driver() -> Kernel:
             spins.set(spins.get() + 1)
             with code.when(spins.get() > SPINS):  # somebody else may have the core that the others need
                 code.call_address(code.integer(_address_of(ctypes.CDLL(None).sched_yield)), code.integer(0))
-    return Kernel(code, num_arguments=1)
+    return Kernel(code, num_arguments=1, keep=False)
 
 
 def _address_of(function: Any) -> int:
@@ -140,19 +143,34 @@ def processor_has(feature: str) -> bool:
     return bool(_llvm().get_host_cpu_features().get(feature, False))
 
 
-def _compile(code: Code) -> tuple[Any, int]:
-    """The engine that owns the machine code, and where it begins."""
+@functools.cache
+def _target() -> tuple[str, str]:
+    """This processor by LLVM's name, and its features."""
     llvm = _llvm()
+    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+
+
+def _compile(code: Code, *, keep: bool) -> tuple[Any, int]:
+    """The engine that owns the machine code, and where it begins. ``keep``: on disk, for later starts."""
+    llvm = _llvm()
+    text = code.finish()
+    key = object_cache.key_of(text, *_target(), llvmlite.__version__)
     with _compiling:
         machine = llvm.Target.from_default_triple().create_target_machine(  # the engine will own it
-            cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, jit=True
+            cpu=_target()[0], features=_target()[1], opt=3, jit=True
         )
-        module = llvm.parse_assembly(code.finish())
-        module.verify()
-        options = llvm.create_pipeline_tuning_options(speed_level=2)
-        builder = llvm.create_pass_builder(machine, options)
-        builder.getModulePassManager().run(module, builder)
-        engine = llvm.create_mcjit_compiler(module, machine)
+        machine_code = object_cache.load(key) if keep else None
+        if machine_code is None:
+            module = llvm.parse_assembly(text)
+            module.verify()
+            options = llvm.create_pipeline_tuning_options(speed_level=2)
+            builder = llvm.create_pass_builder(machine, options)
+            builder.getModulePassManager().run(module, builder)
+            machine_code = machine.emit_object(module)
+            if keep:
+                object_cache.store(key, machine_code)
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        engine.add_object_file(llvm.ObjectFileRef.from_data(machine_code))
         engine.finalize_object()
         return engine, engine.get_function_address(code.function.name)
 
