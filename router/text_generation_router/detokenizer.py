@@ -11,6 +11,9 @@ from tokenizers.decoders import DecodeStream
 _CONTEXT_IDS = 6
 """Last prompt ids that seed a sequence: a decoder that strips a leading space must see that the text goes on."""
 
+_MOST_RECENT_IDS = 64
+"""Kept in between; any number from the one above on will do."""
+
 _REPLACEMENT = "\ufffd"
 _LONGEST_INCOMPLETE = 3
 """Replacement characters that an incomplete character can look like: one for each of its bytes, or one for all."""
@@ -96,8 +99,10 @@ class SequenceDetokenizer:
         return text[: len(text) - self._num_unshown]
 
     def _take_held(self) -> None:
-        self._recent_ids = [*self._recent_ids, *self._held_ids][-_CONTEXT_IDS:]
-        self._held_ids = []
+        self._recent_ids += self._held_ids
+        self._held_ids.clear()
+        if len(self._recent_ids) > _MOST_RECENT_IDS:  # not for every token
+            del self._recent_ids[:-_CONTEXT_IDS]
 
     def _restart(self, num_unshown: int) -> None:
         """Go on behind the recent ids. A stream takes a context that ends in U+FFFD for unfinished: its first piece

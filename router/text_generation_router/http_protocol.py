@@ -48,6 +48,8 @@ class HttpProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         super().on_headers_complete()
+        # Events of a stream need not pass all that has wrapped it on the way to the handler.
+        self.scope["state"]["send"] = self.cycle.send
         self._unanswered = [cycle for cycle in self._unanswered if not cycle.response_complete]
         self._unanswered.append(self.cycle)
         if 1 < len(self._unanswered) <= MAX_PIPELINED:

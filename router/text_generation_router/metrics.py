@@ -87,13 +87,13 @@ class Histogram:
         self._label = label
         self._series: dict[str, _Series] = {key: _Series(len(self._bounds)) for key in (known if label else [""])}
 
-    def observe(self, value: float, **labels: str) -> None:
+    def observe(self, value: float, *, times: int = 1, **labels: str) -> None:
         key = labels[self._label] if self._label else ""
         series = self._series.get(key)
         if series is None:
             series = self._series[key] = _Series(len(self._bounds))
-        series.counts[bisect_left(self._bounds, value)] += 1
-        series.total += value
+        series.counts[bisect_left(self._bounds, value)] += times
+        series.total += value * times
 
     def count(self, **labels: str) -> int:
         """Number of observations, for tests."""

@@ -84,9 +84,9 @@ class NullShard(pb_grpc.TextGenerationServicer):
         for sequence_id in request.drops:
             self._sequences.pop(sequence_id, None)
         advancing = [*request.decode.sequence_ids, *self._prefill(request.prefill)]
-        generations = [self._generate(sequence_id) for sequence_id in advancing if sequence_id in self._sequences]
+        tokens = self._generate([sequence_id for sequence_id in advancing if sequence_id in self._sequences])
         timings = pb.Timings(forward_ns=1, sample_ns=1, total_ns=2, num_decode_rows=len(request.decode.sequence_ids))
-        return pb.StepResult(epoch=request.epoch, step_id=request.step_id, generations=generations, timings=timings)
+        return pb.StepResult(epoch=request.epoch, step_id=request.step_id, tokens=tokens, timings=timings)
 
     def _prefill(self, prefill: pb.Prefill) -> list[int]:
         """The sequences whose prompt is complete with this step."""
@@ -103,12 +103,19 @@ class NullShard(pb_grpc.TextGenerationServicer):
                 complete.append(chunk.sequence_id)
         return complete
 
-    def _generate(self, sequence_id: int) -> pb.Generation:
-        sequence = self._sequences[sequence_id]
-        index = sequence.output_index
-        sequence.output_index += 1
-        token_id = FIRST_ID + (sequence_id * 997 + index) % (self._info.vocab_size - FIRST_ID)
-        return pb.Generation(sequence_id=sequence_id, first_output_index=index, token_ids=(token_id,), logprobs=(-1.5,))
+    def _generate(self, sequence_ids: list[int]) -> pb.Tokens:
+        """The next token of each, as a shard reports them."""
+        indices = [self._sequences[sequence_id].output_index for sequence_id in sequence_ids]
+        for sequence_id in sequence_ids:
+            self._sequences[sequence_id].output_index += 1
+        num_ids = self._info.vocab_size - FIRST_ID
+        pairs = zip(sequence_ids, indices, strict=True)
+        return pb.Tokens(
+            sequence_ids=sequence_ids,
+            output_indices=indices,
+            token_ids=[FIRST_ID + (sequence_id * 997 + index) % num_ids for sequence_id, index in pairs],
+            logprobs=[-1.5] * len(sequence_ids),
+        )
 
 
 def describe(model: Path, socket: str, nonce: str) -> pb.InfoResponse:

@@ -23,7 +23,7 @@ def prefill(*sequences: pb.NewSequence, **chunks: int) -> pb.Prefill:
 
 
 def indices(result: pb.StepResult) -> dict[int, int]:
-    return {generation.sequence_id: generation.first_output_index for generation in result.generations}
+    return dict(zip(result.tokens.sequence_ids, result.tokens.output_indices, strict=True))
 
 
 async def begin(shard: NullShard, epoch: int) -> None:
@@ -66,4 +66,4 @@ async def test_an_old_epoch_is_refused(shard: NullShard) -> None:
 async def test_ids_lie_in_the_vocabulary(shard: NullShard) -> None:
     shard.step(pb.StepRequest(epoch=1, step_id=1, prefill=prefill(new(5, 2), s5=2)))
     steps = (pb.StepRequest(epoch=1, step_id=i, decode=pb.Decode(sequence_ids=[5])) for i in range(2, 2000))
-    assert all(300 <= generation.token_ids[0] < 1000 for step in steps for generation in shard.step(step).generations)
+    assert all(300 <= token_id < 1000 for step in steps for token_id in shard.step(step).tokens.token_ids)

@@ -105,8 +105,8 @@ def greedy(prompts: list[list[int]], stub: pb_grpc.TextGenerationStub, count: in
     outputs: list[list[int]] = [[] for _ in prompts]
     for result in stub.Steps(requests()):
         assert not result.HasField("failure"), result.failure.message
-        for generation in result.generations:
-            outputs[generation.sequence_id - 1] += generation.token_ids
+        for sequence_id, token_id in zip(result.tokens.sequence_ids, result.tokens.token_ids, strict=True):
+            outputs[sequence_id - 1].append(token_id)
     return outputs
 
 

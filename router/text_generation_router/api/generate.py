@@ -93,7 +93,7 @@ class GenerateRoutes:
         """Stream the answer. A failure before the first token is raised, and becomes a response with its status."""
         started_at = time.perf_counter()
         parameters = request.parameters
-        response = EventStreamResponse(send, self._stream_headers(request))
+        response = EventStreamResponse(scope, send, self._stream_headers(request))
         try:
             with counted(self._metrics, "generate_stream"):
                 async with await self._inference.stream(request, caller_of(scope)) as generation:

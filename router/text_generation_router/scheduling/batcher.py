@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -198,6 +198,9 @@ class Batcher:
             sequence = running.get(sequence_id)
             if sequence is not None:
                 self._end(sequence, GenerationFailed(f"Server error: {message}"))
+        for count, num_generations in Counter(len(each.token_ids) for each in result.generations).items():
+            if count:
+                self._metrics.request_skipped_tokens.observe(count - 1, times=num_generations)
         self._count_result(result)
         self._show_state()
 
@@ -208,7 +211,6 @@ class Batcher:
             answer.add_prefill(generation.prefill.first_position, generation.prefill.logprobs)
         if not generation.token_ids:
             return
-        self._metrics.request_skipped_tokens.observe(len(generation.token_ids) - 1)
         if not queued.output_ids and answer.prefill_logprobs:
             queued.stream.put(answer.prefill_event())
         logprobs, tops = generation.logprobs, generation.top_tokens

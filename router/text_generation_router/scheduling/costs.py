@@ -13,9 +13,9 @@ MARGIN = 0.9
 """Part of the time that is planned with: the next step may be slower than the last ones."""
 STRETCH = 2.8
 """How many times as long as a step of the decode rows alone a step with a piece of a long prompt may take."""
-LEAST_TOKENS = 8
+LEAST_TOKENS = 4
 """Of a prompt in a step, however long that takes: it has to come to an end. A processor with slow products (AVX2) takes
-twice the time of a decode step for 16."""
+the time of two decode steps for 8; attention looks at 4, 8 or 16 queries at once. Fewer than 16 come by so many."""
 WHOLE_TOKENS = 16
 """More come by so many: products are computed 16 rows at a time where they are fast."""
 UNKNOWN_TOKENS = 64
@@ -111,7 +111,8 @@ class StepCosts:
         tokens = int(seconds / max(token_s, 1e-9))
         if (later := self._token_s.at(start + tokens / 2)) and tokens:  # each costs a little more than the one before
             tokens = int(seconds / max(later, 1e-9))
-        return tokens // WHOLE_TOKENS * WHOLE_TOKENS
+        whole = WHOLE_TOKENS if tokens >= WHOLE_TOKENS else LEAST_TOKENS
+        return tokens // whole * whole
 
 
 class StepTime:

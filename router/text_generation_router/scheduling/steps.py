@@ -167,8 +167,8 @@ class StepScheduler:
         for sequence in self.running.values():
             if not sequence.may_decode:
                 continue
-            missing = self._missing(sequence)
-            if missing > 0:
+            if sequence.num_tokens_after_decode > len(sequence.lease.table) * self.leases.block_size:
+                missing = self._missing(sequence)
                 new_blocks = self.leases.grow(sequence.lease, missing)
                 if new_blocks is None:
                     self._blocks_ran_dry = True

@@ -80,7 +80,7 @@ class Generation:
     token_ids: Sequence[int]
     logprobs: Sequence[float]
     """One for each id, or none at all."""
-    top_tokens: list[list[tuple[int, float]]]
+    top_tokens: Sequence[list[tuple[int, float]]]
     """Ids and logprobs, most likely first; one list for each id, or none at all."""
     prefill: PrefillLogprobs | None
 
@@ -112,7 +112,7 @@ def step_result(message: pb.StepResult) -> StepResult:
     computed = timings.num_prefill_tokens or timings.num_decode_rows
     return StepResult(
         step_id=message.step_id,
-        generations=[_generation(generation) for generation in message.generations],
+        generations=[*_singles(message.tokens), *map(_generation, message.generations)],
         failures=[(failure.sequence_id, failure.message) for failure in message.failures],
         timings=StepTimings(
             timings.forward_ns * 1e-9, timings.sample_ns * 1e-9, timings.idle_ns * 1e-9, timings.overhead_ns * 1e-9
@@ -120,6 +120,14 @@ def step_result(message: pb.StepResult) -> StepResult:
         if computed
         else None,
     )
+
+
+def _singles(tokens: pb.Tokens) -> list[Generation]:
+    columns = zip(tokens.sequence_ids, tokens.output_indices, tokens.token_ids, tokens.logprobs, strict=True)
+    return [
+        Generation(sequence_id, index, (token_id,), (logprob,), (), None)
+        for sequence_id, index, token_id, logprob in columns
+    ]
 
 
 def _generation(message: pb.Generation) -> Generation:

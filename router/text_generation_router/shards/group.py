@@ -158,7 +158,7 @@ class ShardGroup:
         count = self._acknowledged.get(step_id, 0) + 1
         # Rank 0 alone reports tokens; of the others only the acknowledgement counts.
         kept = self._results.get(step_id)
-        if kept is None or result.generations or result.failures:
+        if kept is None or result.HasField("tokens") or result.generations or result.failures:
             self._results[step_id] = kept = result
         if count < len(self._clients):
             self._acknowledged[step_id] = count

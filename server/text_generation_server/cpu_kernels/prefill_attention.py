@@ -177,7 +177,11 @@ def _compiled(shape: Shape, window: int, chunk: int, new_registers: Callable[[Co
 
 
 class _Unit:
-    """The code of one unit. Vectors have a lane for each query of a part, unless it is said otherwise."""
+    """The code of one unit. Vectors have a lane for each query of a part, unless it is said otherwise.
+
+    Of up to 8 queries, those of two heads share a vector, of up to 4 those of four: a step that others wait for takes
+    in few tokens of a prompt.
+    """
 
     def __init__(
         self,
@@ -203,7 +207,11 @@ class _Unit:
         ]
         """Of values: as many as there are tiles for their sums."""
         most = shape.group * parts_of_unit(shape.group)
-        self.members = (count + (LANES - 1)) // LANES * shape.group
+        self.heads_at_once = self._by_count(1, 2, 4)
+        self.lanes_of_head = self._by_count(LANES, LANES // 2, LANES // 4)
+        self.rows_of_heads = self._by_count(*(-(-shape.group // heads) for heads in (1, 2, 4)))
+        """Members of each part."""
+        self.members = (count + (LANES - 1)) // LANES * self.rows_of_heads
         self.query_pairs = self._tiles(most * self.key_steps)
         self.upright = self._tiles(self.segment // STEP * self.value_tiles)
         """Values: a row is 32 tokens' numbers of one place in them, or places lie side by side."""
@@ -218,8 +226,15 @@ class _Unit:
         self.totals = code.scratch(most * LANES)
         self.sums = code.scratch(most * LANES * shape.value_dim)
         """Of each member, place by place."""
+        self.sinks = code.scratch(LANES)
         self.has_late_scale = not shape.softcap and shape.scaling > 0
         """Scores are compared as they are, and scaled where their weights are computed."""
+
+    def _by_count(self, many: int, few: int, fewer: int) -> Value:
+        """One of three, as there are more than 8 queries, more than 4, or less."""
+        code = self.code
+        at_most = code.choose(self.count > LANES // 4, code.integer(few), code.integer(fewer))
+        return code.choose(self.count > LANES // 2, code.integer(many), at_most)
 
     def _tiles(self, count: int) -> Pointer:
         """Room for rows or pairs."""
@@ -249,11 +264,11 @@ class _Unit:
                 self._ask_for((begin + self.segment) // LANES + step * 2)
             # Parts that end before the segment see nothing of it.
             passed = code.choose(begin > self.position, (begin - self.position) // LANES, code.integer(0))
-            start = passed * shape.group
+            start = passed * self.rows_of_heads
             with code.loop(steps) as step:
                 self._score(start, begin, step)
             with code.loop(self.members, start) as member:
-                lanes = code.spread(code.to_float(self._position_of(member))) + code.lane_numbers()
+                lanes = code.spread(code.to_float(self._position_of(member))) + self._tokens_of_lanes()
                 seen: Value | None = None
                 if window:
                     seen = lanes - float(window - 1)
@@ -267,25 +282,42 @@ class _Unit:
 
     def _part_of(self, member: Value) -> Value:
         """Where a member's part begins among the unit's tokens."""
-        return member // self.shape.group * LANES
+        return member // self.rows_of_heads * LANES
+
+    def _tokens_of_lanes(self) -> Value:
+        """Counted from the first of the part."""
+        code = self.code
+        width = code.spread(code.to_float(self.lanes_of_head))
+        return code.lane_numbers() - code.floor(code.lane_numbers() / width) * width
+
+    def _token_of(self, lane: int) -> Value:
+        """The same of one lane."""
+        return lane - self._turn_of(lane) * self.lanes_of_head
+
+    def _turn_of(self, lane: int) -> Value:
+        """Which of the heads that share a vector."""
+        return self.heads_at_once * lane // LANES
 
     def _position_of(self, member: Value) -> Value:
         return self.position + self._part_of(member)
 
-    def _query_head(self, member: Value) -> Value:
-        return self.head * self.shape.group + member % self.shape.group
+    def _query_head(self, member: Value, lane: int) -> Value:
+        """Within the group; not below the group's size where there is none."""
+        return member % self.rows_of_heads * self.heads_at_once + self._turn_of(lane)
 
     def _load_query(self, member: Value) -> None:
         """A member's 16 queries, put upright: rows of pairs of the numbers that are summed over."""
         code, shape = self.code, self.shape
-        source = code.tensor(5, shape.dtype) + self._query_head(member) * code.arguments[6]
+        queries = code.tensor(5, shape.dtype) + self.head * shape.group * code.arguments[6]
         part = self._part_of(member)
         with code.loop(self.key_steps) as step:
             rows = []
             for query in range(LANES):
                 # Behind the last there may be no memory: it stands in for those that are missing.
-                token = self.token + code.smaller(part + query, self.count - 1)
-                rows.append((source + token * code.arguments[7]).bits(step * STEP))
+                token = self.token + code.smaller(part + self._token_of(query), self.count - 1)
+                head = code.smaller(self._query_head(member, query), code.integer(shape.group - 1))
+                source = queries + (head * code.arguments[6] + token * code.arguments[7])
+                rows.append(source.bits(step * STEP))
             for pair, upright in enumerate(code.transpose(rows)):
                 target = self.query_pairs + ((member * self.key_steps + step) * NUMBERS + pair * STEP)
                 self.registers.put_pairs(target, upright)
@@ -480,21 +512,25 @@ class _Unit:
     def _finish(self, member: Value) -> None:
         """Divide by the sum of the weights, which a sink adds to, and store."""
         code, shape = self.code, self.shape
-        number = self._query_head(member)
         largest, total = self.largest.vector(member * LANES), self.totals.vector(member * LANES)
         scale = code.vector(1)
         if shape.has_sinks:
-            sink = code.spread(code.tensor(12, torch.float32)[number] * LOG2_E)
+            sinks = code.tensor(12, torch.float32) + self.head * shape.group
+            for lane in range(LANES):
+                head = code.smaller(self._query_head(member, lane), code.integer(shape.group - 1))
+                self.sinks[lane] = sinks[head] * LOG2_E
+            sink = self.sinks.vector(0)
             top = code.maximum(largest, sink)
             scale = code.power_of_two(largest - top)
             total = total * scale + code.power_of_two(sink - top)
         factor = scale / total
         part = self._part_of(member)
-        out = code.tensor(11, shape.dtype) + ((self.token + part) * shape.query_heads + number) * shape.value_dim
-        count = code.smaller(self.count - part, code.integer(LANES))
+        heads_before = (self.token + part) * shape.query_heads + self.head * shape.group
+        out = code.tensor(11, shape.dtype) + heads_before * shape.value_dim
         with code.loop(self.value_tiles) as tile:
             sums = self.sums + (member * self.value_tiles + tile) * (LANES * LANES)
             rows = code.transpose([sums.vector(place * LANES) * factor for place in range(LANES)])
             for query, row in enumerate(rows):
-                with code.when(count > query):
-                    out.put(query * (shape.query_heads * shape.value_dim) + tile * LANES, row)
+                token, head = self._token_of(query), self._query_head(member, query)
+                with code.when((part + token < self.count).both(head < shape.group)):
+                    out.put((token * shape.query_heads + head) * shape.value_dim + tile * LANES, row)

@@ -69,6 +69,11 @@ class Generation:
     top_tokens: list[TopTokens] = field(default_factory=list)
     prefill: PrefillLogprobs | None = None
 
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one token, and nothing to report but its logprob."""
+        return len(self.token_ids) == len(self.logprobs) == 1 and not self.top_tokens and self.prefill is None
+
 
 @dataclass(slots=True)
 class Timings:

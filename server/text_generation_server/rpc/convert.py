@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from text_generation_proto.v1 import generate_pb2 as pb
 
@@ -39,10 +39,12 @@ def warmup_limits_from_proto(message: pb.WarmupRequest) -> WarmupLimits:
 
 def result_to_proto(result: steps.StepResult) -> pb.StepResult:
     timings = result.timings
+    singles = [generation for generation in result.generations if generation.is_single]
     message = pb.StepResult(
         epoch=result.epoch,
         step_id=result.step_id,
-        generations=[_generation(generation) for generation in result.generations],
+        generations=[_generation(generation) for generation in result.generations if not generation.is_single],
+        tokens=_tokens(singles) if singles else None,
         failures=[
             pb.SequenceFailure(sequence_id=sequence_id, message=text)
             for sequence_id, text in result.sequence_failures.items()
@@ -61,6 +63,15 @@ def result_to_proto(result: steps.StepResult) -> pb.StepResult:
         message.failure.message = result.failure.message
         message.failure.out_of_memory = result.failure.out_of_memory
     return message
+
+
+def _tokens(singles: Sequence[steps.Generation]) -> pb.Tokens:
+    return pb.Tokens(
+        sequence_ids=[generation.sequence_id for generation in singles],
+        output_indices=[generation.first_output_index for generation in singles],
+        token_ids=[generation.token_ids[0] for generation in singles],
+        logprobs=[generation.logprobs[0] for generation in singles],
+    )
 
 
 def _step(epoch: int, step_id: int, drops: Iterable[int], prefill: pb.Prefill, decode: pb.Decode) -> steps.Step:

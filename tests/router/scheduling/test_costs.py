@@ -83,7 +83,7 @@ def test_one_long_prompt_of_a_step_goes_on_whatever_it_costs_and_the_next_waits(
 
 
 def test_the_last_tokens_of_a_prompt_are_not_held_back() -> None:
-    assert time(learned(), limit_s=0.001).tokens(5, 3000, is_long=True) == 5
+    assert time(learned(), limit_s=0.001).tokens(3, 3000, is_long=True) == 3
 
 
 def test_the_more_wait_for_their_first_token_the_longer_the_others_wait_for_their_next() -> None:

@@ -333,13 +333,13 @@ def test_a_short_prompt_beside_a_long_one_does_not_wait_for_it() -> None:
     assert [size for _, size in plan(steps).chunks] == [48, 30]
 
 
-def test_a_second_long_prompt_is_let_in_without_a_chunk_and_those_behind_it_do_not_wait() -> None:
+def test_a_second_long_prompt_gets_what_time_is_left_and_those_behind_it_do_not_wait() -> None:
     steps = scheduler(num_blocks=2000, prefill=512)
     running(steps, 40)
     for size in (2000, 2000, 30):
         steps.waiting.append(queued(size))
     step = plan(steps)
-    assert [size for _, size in step.chunks] == [48, 30]
+    assert [size for _, size in step.chunks] == [48, 12, 30]
     assert len(step.new_sequences) == 3
 
 

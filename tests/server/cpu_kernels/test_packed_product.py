@@ -161,8 +161,8 @@ def test_a_bias_is_added(epilogue: Epilogue, rows: int) -> None:
 
 
 @every_method
-@pytest.mark.parametrize("together", [1, 2, 3, 7, 14])
-@pytest.mark.parametrize("units_rows", [(0, 1), (0, 31), (0, 33), (1, -1), (1, 0), (1, 1), (3, -28)])
+@pytest.mark.parametrize("together", [1, 3, 14])
+@pytest.mark.parametrize("units_rows", [(0, 1), (0, 33), (1, -1), (1, 1), (3, -28)])
 @pytest.mark.parametrize("epilogue", Epilogue)
 def test_a_unit_has_any_number_of_panels(
     method: Method, epilogue: Epilogue, units_rows: tuple[int, int], together: int, monkeypatch: pytest.MonkeyPatch
@@ -176,8 +176,8 @@ def test_a_unit_has_any_number_of_panels(
 
 
 @every_method
-@pytest.mark.parametrize("rows", [1, 32, 33, 64, 150])
-@pytest.mark.parametrize("num_inputs", [1536, 1568, 2016, 2080, 6240])
+@pytest.mark.parametrize("rows", [1, 33, 150])
+@pytest.mark.parametrize("num_inputs", [1536, 2080, 6240])
 @pytest.mark.parametrize("epilogue", Epilogue)
 def test_many_inputs_come_in_chunks(epilogue: Epilogue, num_inputs: int, rows: int) -> None:
     torch.manual_seed(1)

@@ -169,7 +169,7 @@ def test_vectors_of_pairs() -> None:
     ],
 )
 def test_shapes_of_heads(registers: MakeRegisters, changes: dict[str, float]) -> None:
-    check(registers, replace(PLAIN, **changes), [(300, 20), (0, 35)])  # type: ignore[arg-type]
+    check(registers, replace(PLAIN, **changes), [(300, 20), (0, 35), (70, 8), (33, 5), (SEGMENT, 4), (9, 1)])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("window", "chunk"), [(1, 0), (5, 0), (16, 0), (40, 0), (300, 0), (0, 8), (0, 100), (0, 16)])
@@ -177,11 +177,11 @@ def test_shapes_of_heads(registers: MakeRegisters, changes: dict[str, float]) ->
 def test_queries_see_their_window_or_their_chunk(
     registers: MakeRegisters, window: int, chunk: int, has_sinks: bool
 ) -> None:
-    check(registers, replace(PLAIN, has_sinks=has_sinks), [(0, 60), (333, 50), (90, 1)], window, chunk)
+    check(registers, replace(PLAIN, has_sinks=has_sinks), [(0, 60), (333, 50), (90, 1), (64, 7)], window, chunk)
 
 
 @pytest.mark.parametrize("window", [0, 20])
-@pytest.mark.parametrize("cut", [48, 41, 97])
+@pytest.mark.parametrize("cut", [48, 41, 93, 97])
 def test_a_prompt_is_the_same_alone_and_among_others_and_in_one_piece_or_several(
     registers: MakeRegisters, cut: int, window: int
 ) -> None:
@@ -195,14 +195,15 @@ def test_a_prompt_is_the_same_alone_and_among_others_and_in_one_piece_or_several
         assert torch.equal(attended(registers, PLAIN, piece, window), whole[first : first + count])
 
 
-def test_not_a_number_stays_with_its_query(registers: MakeRegisters) -> None:
-    case = made(PLAIN, [(0, 40)])
+@pytest.mark.parametrize(("new", "token"), [(40, 20), (8, 3)], ids=["many queries", "few"])
+def test_not_a_number_stays_with_its_query(registers: MakeRegisters, new: int, token: int) -> None:
+    case = made(PLAIN, [(0, new)])
     clean = attended(registers, PLAIN, case)
     queries = case.queries_HTD.clone()
-    queries[1, 20, 3] = math.nan
+    queries[1, token, 3] = math.nan
     broken = attended(registers, PLAIN, replace(case, queries_HTD=queries))
-    assert broken[20, 1].isnan().all()
-    broken[20, 1] = clean[20, 1]
+    assert broken[token, 1].isnan().all()
+    broken[token, 1] = clean[token, 1]
     assert torch.equal(broken, clean)
 
 

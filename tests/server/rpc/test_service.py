@@ -83,7 +83,7 @@ async def test_a_stream_answers_every_step_in_order(shard: Shard) -> None:
     for step_id in range(1, 7):
         result = await call.read()
         assert result.step_id == step_id and not result.HasField("failure")
-        found += result.generations[0].token_ids
+        found += result.tokens.token_ids
         if step_id < 5:
             await call.write(decode(step_id + 2, 1))
         elif step_id == 5:
@@ -99,9 +99,9 @@ async def test_prefill_and_decode_do_what_a_step_does(shard: Shard) -> None:
     request = prefill(1, new(1, prompt(1, 5)))
     first = await shard.stub.Prefill(pb.PrefillRequest(step_id=1, prefill=request.prefill))
     second = await shard.stub.Decode(pb.DecodeRequest(step_id=2, decode=pb.Decode(sequence_ids=[1])))
-    assert [*first.generations[0].token_ids, *second.generations[0].token_ids] == oracle_tokens(prompt(1, 5), 2)
+    assert [*first.tokens.token_ids, *second.tokens.token_ids] == oracle_tokens(prompt(1, 5), 2)
     third = await shard.stub.Decode(pb.DecodeRequest(step_id=3, drops=[1]))
-    assert not third.generations and not third.HasField("failure")
+    assert not (third.generations or third.HasField("tokens") or third.HasField("failure"))
 
 
 async def test_failures_say_which_sequence_or_why_the_step(shard: Shard) -> None:
@@ -118,7 +118,7 @@ async def test_failures_say_which_sequence_or_why_the_step(shard: Shard) -> None
     assert "ended with a failed step" in (await call.read()).failure.message
     await shard.stub.ClearCache(pb.ClearCacheRequest(epoch=1))
     await call.write(prefill(1, new(1, prompt(1, 3)), epoch=1))
-    assert len((await call.read()).generations) == 1
+    assert len((await call.read()).tokens.token_ids) == 1
     call.cancel()
 
 
@@ -131,7 +131,7 @@ async def test_a_client_may_leave_and_another_begin(shard: Shard) -> None:
     again = shard.stub.Steps()
     await again.write(prefill(1, new(1, prompt(1, 5)), epoch=7))
     result = await again.read()
-    assert list(result.generations[0].token_ids) == oracle_tokens(prompt(1, 5), 1)
+    assert list(result.tokens.token_ids) == oracle_tokens(prompt(1, 5), 1)
     again.cancel()
 
 
@@ -154,7 +154,7 @@ async def test_a_reset_that_was_given_up_is_tried_again(shard: Shard) -> None:
     again = shard.stub.Steps()
     await again.write(prefill(1, new(1, prompt(1, 5)), epoch=3))
     result = await again.read()
-    assert list(result.generations[0].token_ids) == oracle_tokens(prompt(1, 5), 1)
+    assert list(result.tokens.token_ids) == oracle_tokens(prompt(1, 5), 1)
     again.cancel()
 
 
