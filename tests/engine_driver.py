@@ -35,6 +35,7 @@ def new(
     sampling: SamplingParameters = GREEDY,
     top_n_tokens: int = 0,
     prefill_logprobs: bool = False,
+    embeds: bool = False,
 ) -> NewSequence:
     """A sequence with 8 blocks of its own, which depend on its id."""
     return NewSequence(
@@ -46,6 +47,7 @@ def new(
         sampling=sampling,
         top_n_tokens=top_n_tokens,
         prefill_logprobs=prefill_logprobs,
+        embeds=embeds,
     )
 
 

@@ -54,6 +54,7 @@ class FakeRunner:
             max_position_embeddings=max_positions,
             window_size=0,
             kv_bytes_per_token=8,
+            hidden_size=2,
         )
         self.pads_steps = True
         self.block_size = block_size
@@ -112,3 +113,8 @@ class FakeRunner:
                     rows.append(oracle_logits(read if NAN_TOKEN in read else context[: position + 1]))
             offset += query_len
         return torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE)
+
+    def forward_with_states(self, inputs: ForwardInputs) -> tuple[Tensor, Tensor]:
+        """The state of a token is its id and its position."""
+        states_TH = torch.stack([inputs.input_ids_T, inputs.position_ids_T], -1).float()
+        return self.forward(inputs), states_TH

@@ -6,17 +6,22 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any, cast
 
 import httpx2
 from builders import byte_tokenizer
 from starlette.types import ASGIApp
-from text_generation_router.api.generate import GenerateRoutes
+from text_generation_proto.grammars import Grammar
 from text_generation_router.api.schemas import Info
 from text_generation_router.api.service import ServiceRoutes
 from text_generation_router.app import Access, build_app
-from text_generation_router.config import Limits
+from text_generation_router.backend import Backend, GenerationBackend
+from text_generation_router.chat.template import ChatTemplate, ChatTemplates
+from text_generation_router.config import Limits, RouterConfig, RouterFlags
 from text_generation_router.draining import Drain
+from text_generation_router.embedding.embedder import SequenceEmbedder
+from text_generation_router.guidance.guidance import Guidance
 from text_generation_router.inference import Inference
 from text_generation_router.listening import HttpServer, bind
 from text_generation_router.metrics import Metrics
@@ -30,7 +35,16 @@ from text_generation_router.scheduling.requests import (
     Token,
     TokenEvent,
 )
+from text_generation_router.serving import make_routes
+from text_generation_router.shards.convert import EmbeddingInfo, ShardInfo
 from text_generation_router.tokenizer import RouterTokenizer
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+FINGERPRINT = f"{version('text-generation-inference')}-native"
 
 EOS = Token(256, "</s>", -0.25, special=True)
 
@@ -132,6 +146,10 @@ class Router:
                 await asyncio.sleep(0.002)
 
 
+async def _compiled(grammar: Grammar) -> None:
+    """What a shard does that takes any grammar."""
+
+
 def info(**changes: Any) -> Info:
     defaults: dict[str, Any] = {
         "model_id": "test/model",
@@ -152,6 +170,35 @@ def info(**changes: Any) -> Info:
     return Info(**{**defaults, **changes})
 
 
+def shard_info(**changes: Any) -> ShardInfo:
+    defaults: dict[str, Any] = {
+        "model_id": "test/model",
+        "model_sha": None,
+        "pipeline_tag": None,
+        "device_type": "cpu",
+        "block_size": 4,
+        "tokenizer_path": "",
+        "eos_token_ids": frozenset({256}),
+        "vocab_size": 512,
+        "max_position_embeddings": 120,
+        "prefill_logprobs": False,
+        "is_encoder": False,
+        "embedding": EmbeddingInfo(dimensions=2),
+    }
+    return ShardInfo(**{**defaults, **changes})
+
+
+def resolved(the_limits: Limits) -> RouterConfig:
+    return RouterConfig(
+        limits=the_limits,
+        max_concurrent_requests=128,
+        max_batch_prefill_tokens=512,
+        max_batch_total_tokens=4096,
+        max_batch_size=None,
+        max_inter_token_latency_s=None,
+    )
+
+
 @asynccontextmanager
 async def running(
     *,
@@ -161,6 +208,8 @@ async def running(
     origins: tuple[str, ...] = (),
     payload_limit: int = 2_000_000,
     full_text_by_default: bool = True,
+    chat_template: str | None = CHAT_TEMPLATE,
+    reasoning_parser: str | None = None,
     over_socket: bool = False,
     **limit_changes: Any,
 ) -> AsyncIterator[Router]:
@@ -169,17 +218,30 @@ async def running(
     metrics = Metrics(max_input_tokens=the_limits.max_input_tokens, max_total_tokens=the_limits.max_total_tokens)
     tokenizer = RouterTokenizer(byte_tokenizer(), vocab_size=the_limits.vocab_size, num_workers=2)
     batcher = ScriptedBatcher(script)
-    inference = Inference(cast("Batcher", batcher), tokenizer, the_limits, metrics, max_concurrent_requests)
-    generate = GenerateRoutes(
-        inference,
-        metrics,
-        payload_limit=payload_limit,
-        compute_type="cpu",
-        full_text_by_default=full_text_by_default,
-    )
+    guidance = Guidance("no tokenizer", the_limits.vocab_size, [256], compile_on_shard=_compiled)
+    inference = Inference(cast("Batcher", batcher), tokenizer, the_limits, metrics, max_concurrent_requests, guidance)
     service = ServiceRoutes(tokenizer, inference, metrics, info(), payload_limit=payload_limit)
     drain = Drain()
-    app = build_app(generate, service, Access(drain=drain, api_key=api_key, cors_allow_origin=origins))
+    templates = None
+    if chat_template is not None:
+        template = ChatTemplate(chat_template, {"eos_token": "</s>"})
+        templates = ChatTemplates(template, template)
+    flags = RouterFlags(payload_limit=payload_limit, compute_type="cpu", reasoning_parser=reasoning_parser)
+    backend = Backend(
+        info=shard_info(pipeline_tag=None if full_text_by_default else "conversational"),
+        tokenizer=tokenizer,
+        metrics=metrics,
+        door=inference,
+        generation=GenerationBackend(config=resolved(the_limits), templates=templates, inference=inference),
+        embedder=SequenceEmbedder(inference, tokenizer, EmbeddingInfo(dimensions=2)),
+        max_input_tokens=the_limits.max_input_tokens,
+        batching=asyncio.create_task(asyncio.sleep(0)),
+        seconds={},
+    )
+    routes = make_routes(flags, backend, service)
+    app = build_app(
+        routes, Access(drain=drain, api_keys=() if api_key is None else (api_key,), cors_allow_origin=origins)
+    )
     server = None
     if over_socket:
         sock = bind("127.0.0.1", 0)
@@ -198,3 +260,5 @@ async def running(
         if server is not None:
             await server.close()
         tokenizer.close()
+        if templates is not None:
+            templates.close()

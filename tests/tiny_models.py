@@ -179,6 +179,55 @@ def make_tiny_model(
     return folder
 
 
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {},
+    "xlm-roberta": {},
+    "camembert": {},
+    "distilbert": {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96},
+    "albert": {"embedding_size": 32},
+    "electra": {"embedding_size": 32},
+    "mpnet": {},
+    "modernbert": {"local_attention": 16, "global_attn_every_n_layers": 2, "num_hidden_layers": 3},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 32},
+}
+"""Families that fill in blanks, each with what is special about it switched on."""
+
+
+def make_tiny_encoder(
+    model_type: str,
+    folder: Path,
+    *,
+    pooling: str | None = "mean",
+    normalizes: bool = False,
+    max_tokens: int | None = None,
+    **changes: Any,
+) -> Path:
+    """Save a tiny random model that embeds, as sentence-transformers does. ``pooling`` None: without its files."""
+    import transformers
+
+    torch.manual_seed(0)
+    options = {**COMMON, **ENCODERS.get(model_type, TINY.get(model_type, {})), **changes}
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(model_type, **options))
+    _vary(model)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    if pooling is not None:
+        kinds = ["Transformer", "Pooling", *(["Normalize"] if normalizes else [])]
+        paths = ["", "1_Pooling", "2_Normalize"]
+        modules = [
+            {"idx": index, "name": str(index), "path": paths[index], "type": f"sentence_transformers.models.{kind}"}
+            for index, kind in enumerate(kinds)
+        ]
+        (folder / "modules.json").write_text(json.dumps(modules))
+        (folder / "1_Pooling").mkdir()
+        flag = {"cls": "pooling_mode_cls_token", "lasttoken": "pooling_mode_lasttoken"}
+        settings = {"word_embedding_dimension": 64, flag.get(pooling, f"pooling_mode_{pooling}_tokens"): True}
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+        (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": max_tokens}))
+    return folder
+
+
 def _vary(model: torch.nn.Module) -> None:
     """Move weights off the values where mistakes hide: norms off one, biases and sinks off zero."""
     with torch.no_grad():

@@ -24,7 +24,6 @@ REFUSED = {
     "rope_factor": (),
     "otlp_endpoint": (),
     "otlp_service_name": (OTLP_SERVICE_NAME,),
-    "tokenizer_config_path": (),
     "lora_adapters": (),
     "watermark_gamma": (),
     "watermark_delta": (),
@@ -79,7 +78,7 @@ def resolve(flags: Flags, devices: Devices) -> LauncherConfig:
     """
     _refuse_what_is_not_built(flags)
     # An empty variable means "not given" to the router: handed on, an empty key would open the server.
-    if flags.api_key is not None and not flags.api_key.strip():
+    if flags.api_key is not None and not all(key.strip() for key in flags.api_key.split(",")):
         raise ArgumentValidation("`api_key` must not be empty")
     if flags.plan_device is not None and not flags.plan:
         raise ArgumentValidation("`plan_device` is what `--plan` is for: give `--plan` too")

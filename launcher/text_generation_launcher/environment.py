@@ -25,6 +25,19 @@ WITHOUT_EFFECT = (
 """Switches of TGI that are no flags, for what is always on here or does not exist."""
 
 
+PLATFORM_NAMES = {
+    # SageMaker's, as TGI's image for it knew them.
+    "HF_MODEL_ID": "MODEL_ID",
+    "HF_MODEL_REVISION": "REVISION",
+    "HF_MODEL_QUANTIZE": "QUANTIZE",
+    "HF_MODEL_TRUST_REMOTE_CODE": "TRUST_REMOTE_CODE",
+    "SM_NUM_GPUS": "NUM_SHARD",
+}
+"""What a platform calls a flag; the flag's own variable wins."""
+PLATFORM_PORTS = ("AIP_HTTP_PORT", "SAGEMAKER_BIND_TO_PORT")
+"""Where Vertex AI and SageMaker will ask, whatever PORT an image sets."""
+
+
 def adopt(environ: MutableMapping[str, str]) -> list[str]:
     """Bring ``environ`` into the form that the command line reads; return warnings.
 
@@ -32,6 +45,7 @@ def adopt(environ: MutableMapping[str, str]) -> list[str]:
     beside a Service named tgi. Booleans become true and false, and commas in lists spaces.
     """
     warnings = []
+    _adopt_platform(environ)
     for flag in flag_table():
         own = environ.get(PREFIX + flag.variable, "")
         if own and fits(flag, own):
@@ -48,6 +62,16 @@ def adopt(environ: MutableMapping[str, str]) -> list[str]:
     if ignored := [name for name in WITHOUT_EFFECT if environ.get(name)]:
         warnings.append(f"Without effect in this server: {', '.join(ignored)}")
     return warnings
+
+
+def _adopt_platform(environ: MutableMapping[str, str]) -> None:
+    for theirs, ours in PLATFORM_NAMES.items():
+        value = environ.get(theirs, "").strip()
+        if value and not environ.get(ours) and (theirs, value) != ("SM_NUM_GPUS", "0"):
+            environ[ours] = value
+    for name in PLATFORM_PORTS:
+        if environ.get(name, "").strip():
+            environ["PORT"] = environ[name].strip()
 
 
 def without_flags(environ: Mapping[str, str]) -> dict[str, str]:

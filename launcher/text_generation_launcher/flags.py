@@ -208,7 +208,8 @@ class Flags:
         list[str] | None, option("--cors-allow-origin", help="Repeatable; default: any origin.")
     ] = None
     api_key: Annotated[
-        str | None, option("--api-key", help="Ask for `Authorization: Bearer KEY`. Safer by environment.")
+        str | None,
+        option("--api-key", help="Keys that `Authorization: Bearer KEY` may name, with commas. Safer by environment."),
     ] = None
 
     json_output: Annotated[bool, option("--json-output", help="Logs as JSON lines.")] = False
@@ -248,7 +249,15 @@ class Flags:
     otlp_endpoint: Annotated[str | None, later("--otlp-endpoint", "Collector for traces.")] = None
     otlp_service_name: Annotated[str, later("--otlp-service-name", "Service name in traces.")] = OTLP_SERVICE_NAME
     tokenizer_config_path: Annotated[
-        str | None, later("--tokenizer-config-path", "Another source of the chat template.")
+        str | None,
+        option("--tokenizer-config-path", help="tokenizer_config.json or .jinja file with another chat template."),
+    ] = None
+    tool_call_parser: Annotated[
+        str | None,
+        option("--tool-call-parser", help="How the model writes calls of tools. By default its chat template says it."),
+    ] = None
+    reasoning_parser: Annotated[
+        str | None, option("--reasoning-parser", help="How the model marks its reasoning: think, mistral, ...")
     ] = None
     lora_adapters: Annotated[str | None, later("--lora-adapters", "Adapters to serve beside the model.")] = None
     watermark_gamma: Annotated[str | None, later("--watermark-gamma", "Watermark's share of the vocabulary.")] = None

@@ -23,10 +23,15 @@ def hold_lifeline() -> None:
     fd = os.environ.pop(LIFELINE_FD, None)
     if fd is None:
         return
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     # The launcher may have died before prctl took effect: the pipe covers that gap.
     threading.Thread(target=_exit_on_eof, args=(int(fd),), name="lifeline", daemon=True).start()
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends, where there is a way to say so."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _exit_on_eof(fd: int) -> None:

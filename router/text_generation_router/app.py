@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
@@ -11,13 +12,32 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from text_generation_router.api.edge import ApiKey, Cors, Endpoint, Open, Protected
+from text_generation_router.api.anthropic.messages import MessageRoutes
+from text_generation_router.api.docs import DocsRoutes
+from text_generation_router.api.edge import ApiKey, Cors, Endpoint, Handler, Open, Protected
+from text_generation_router.api.embeddings import EmbeddingRoutes
 from text_generation_router.api.generate import GenerateRoutes
+from text_generation_router.api.openai.chat import ChatRoutes
+from text_generation_router.api.openai.completions import CompletionRoutes
+from text_generation_router.api.openai.models import ModelRoutes
+from text_generation_router.api.openai.responses import ResponseRoutes
+from text_generation_router.api.platforms import SharedPaths, VertexRoutes
 from text_generation_router.api.service import ServiceRoutes
 from text_generation_router.draining import Drain
-from text_generation_router.errors import BodyError, InternalError, RouterError, ShuttingDown, error_body
+from text_generation_router.errors import (
+    BodyError,
+    GeneratesNothing,
+    InternalError,
+    RouterError,
+    ShuttingDown,
+    Unauthorized,
+    ValidationError,
+    anthropic_error_body,
+    error_body,
+    openai_error_body,
+)
 
 _METHOD_ORDER = ("GET", "HEAD", "POST")
 
@@ -27,33 +47,110 @@ class Access:
     """Who may call the routes, and until when."""
 
     drain: Drain
-    api_key: str | None = None
+    api_keys: Sequence[str] = ()
+    """None: everybody may."""
     cors_allow_origin: Sequence[str] = ()
+    aip_predict_route: str | None = None
+    """Where Vertex AI sends requests, beside ``/vertex``."""
+    aip_health_route: str | None = None
 
 
-def build_app(generate: GenerateRoutes, service: ServiceRoutes, access: Access) -> ASGIApp:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratingRoutes:
+    """The handlers that write text."""
+
+    generate: GenerateRoutes
+    chat: ChatRoutes
+    completions: CompletionRoutes
+    messages: MessageRoutes
+    responses: ResponseRoutes
+    vertex: VertexRoutes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routes:
+    """The handlers, by what they are about."""
+
+    service: ServiceRoutes
+    models: ModelRoutes
+    shared: SharedPaths
+    generating: GeneratingRoutes | None
+    """None: the model embeds, and writes nothing."""
+    embeddings: EmbeddingRoutes | None
+    """None: the model hands out no hidden states."""
+    model_id: str
+
+
+def build_app(routes_of: Routes, access: Access) -> ASGIApp:
     """Every route of the router. A path that is missing here does not exist."""
-    table: dict[str, dict[str, Open | Protected]] = {
-        "/": {"GET": Open(service.health), "POST": Protected(generate.compat_generate)},
-        "/generate": {"POST": Protected(generate.generate)},
-        "/generate_stream": {"POST": Protected(generate.generate_stream)},
-        "/tokenize": {"POST": Protected(service.tokenize)},
-        "/info": {"GET": Protected(service.info)},
-        "/health": {"GET": Open(service.health)},
-        "/ping": {"GET": Open(service.health)},
-        "/live": {"GET": Open(service.live)},
-        "/metrics": {"GET": Open(service.metrics)},
+    service, docs = routes_of.service, DocsRoutes()
+    posts = {
+        "/": routes_of.shared.root,
+        "/invocations": routes_of.shared.invocations,
+        "/tokenize": service.tokenize,
+        **_generating(routes_of.generating, routes_of.model_id),
+        **_embedding(routes_of.embeddings, routes_of.model_id),
     }
-    key = ApiKey(access.api_key)
+    gets: dict[str, Open | Protected] = {
+        "/": Open(service.health),
+        "/docs": Open(docs.page),
+        "/docs/{asset}": Open(docs.asset),
+        "/api-doc/openapi.json": Open(docs.openapi),
+        "/v1/models": Protected(routes_of.models.list),
+        "/v1/models/{model:path}": Protected(routes_of.models.one),
+        "/info": Protected(service.info),
+        "/health": Open(service.health),
+        "/ping": Open(service.health),
+        "/live": Open(service.live),
+        "/metrics": Open(service.metrics),
+    }
+    if access.aip_predict_route is not None:
+        posts[access.aip_predict_route] = posts["/vertex"]
+    if access.aip_health_route is not None:
+        gets.setdefault(access.aip_health_route, Open(service.health))
+    table: dict[str, dict[str, Open | Protected]] = {path: {"GET": row} for path, row in gets.items()}
+    for path, handler in posts.items():
+        table.setdefault(path, {})["POST"] = Protected(handler)
+    key = ApiKey(access.api_keys)
     routes = [
         Route(path, Endpoint(methods, key, access.drain), methods=list(methods)) for path, methods in table.items()
     ]
     return Cors(_application(routes), access.cors_allow_origin)
 
 
+def _generating(routes: GeneratingRoutes | None, model_id: str) -> dict[str, Handler]:
+    refuse = _refusing(GeneratesNothing(model_id))
+    return {
+        "/generate": routes.generate.generate if routes else refuse,
+        "/generate_stream": routes.generate.generate_stream if routes else refuse,
+        "/chat_tokenize": routes.chat.tokenize if routes else refuse,
+        "/v1/chat/completions": routes.chat.completions if routes else refuse,
+        "/v1/completions": routes.completions.completions if routes else refuse,
+        "/v1/responses": routes.responses.responses if routes else refuse,
+        "/v1/messages": routes.messages.messages if routes else refuse,
+        "/v1/messages/count_tokens": routes.messages.count_tokens if routes else refuse,
+        "/vertex": routes.vertex.vertex if routes else refuse,
+    }
+
+
+def _embedding(routes: EmbeddingRoutes | None, model_id: str) -> dict[str, Handler]:
+    refuse = _refusing(ValidationError(f"the model `{model_id}` embeds nothing: it hands out no hidden states"))
+    return {
+        "/v1/embeddings": routes.openai if routes else refuse,
+        "/embed": routes.embed if routes else refuse,
+    }
+
+
+def _refusing(error: RouterError) -> Handler:
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        raise error
+
+    return refuse
+
+
 def build_metrics_app(service: ServiceRoutes, drain: Drain) -> ASGIApp:
     """What listens on ``--prometheus-port``."""
-    endpoint = Endpoint({"GET": Open(service.metrics)}, ApiKey(None), drain)
+    endpoint = Endpoint({"GET": Open(service.metrics)}, ApiKey(), drain)
     return _application([Route("/metrics", endpoint, methods=["GET"])])
 
 
@@ -69,8 +166,30 @@ def _application(routes: list[Route]) -> Starlette:
     return app
 
 
+ErrorBody = Callable[[int, str, str | None], dict[str, Any]]
+"""Status, text and TGI's type of an error -> its body."""
+
+
+def _foreign_form(request: Request) -> ErrorBody | None:
+    """The form of errors on paths that are not TGI's."""
+    path = request.scope["path"]
+    if path.startswith("/v1/messages"):
+        return lambda status, message, code: anthropic_error_body(status, message)
+    return openai_error_body if path.startswith("/v1/") else None
+
+
+def _json(status: int, body: object) -> Response:
+    return Response(msgspec.json.encode(body), status, media_type="application/json")
+
+
 async def _on_router_error(request: Request, error: RouterError) -> Response:
-    response = Response(msgspec.json.encode(error_body(error)), error.status, media_type="application/json")
+    form = _foreign_form(request)
+    if form is not None:
+        response = _json(error.status, form(error.status, str(error), error.error_type))
+    elif isinstance(error, Unauthorized):
+        response = Response(status_code=error.status)  # TGI says no more
+    else:
+        response = _json(error.status, error_body(error))
     if isinstance(error, ShuttingDown):
         response.headers["connection"] = "close"
         response.headers["retry-after"] = "1"
@@ -78,7 +197,11 @@ async def _on_router_error(request: Request, error: RouterError) -> Response:
 
 
 async def _on_body_error(request: Request, error: BodyError) -> Response:
-    response = Response(str(error), error.status, media_type="text/plain")
+    form = _foreign_form(request)
+    if form is not None:
+        response = _json(error.status, form(error.status, str(error), None))
+    else:
+        response = Response(str(error), error.status, media_type="text/plain")
     if error.status in (413, 415) and "expect" in request.headers:
         response.headers["connection"] = "close"  # nobody knows whether the body will come
     return response

@@ -14,9 +14,16 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from text_generation_router.chat.reasoning import REASONING_MARKS
+from text_generation_router.chat.tools import FORMATS, ToolFormat
 from text_generation_router.config import RouterFlags
 
 NAME = "text-generation-router"
+
+
+def _listed(forms: Sequence[ToolFormat]) -> str:
+    return ", ".join(form.name for form in forms)
+
 
 HELP = {
     "max_concurrent_requests": "Requests inside the server at one time; more are answered with 429.",
@@ -35,7 +42,10 @@ HELP = {
     "prometheus_port": "Serve /metrics on this port too. Default: on no other port.",
     "master_shard_uds_path": "Unix socket of the shard with rank 0.",
     "validation_workers": "Tokenizer threads.",
-    "api_key": "Key that clients must send. Better given in the environment: argv is readable by all users.",
+    "tokenizer_config_path": "tokenizer_config.json or .jinja file with the chat template. Default: the model's.",
+    "tool_call_parser": f"How the model writes calls of tools: {_listed(FORMATS)}. Default: by its chat template.",
+    "reasoning_parser": f"How it marks its reasoning: {', '.join(REASONING_MARKS)}. Default: it is content.",
+    "api_key": "Keys of which clients must send one, with commas. Better in the environment: argv is readable by all.",
     "json_output": "JSON logs. The router writes no others, the launcher turns them into text.",
     "cors_allow_origin": "Origin that browsers may call from; may be repeated. Default: any.",
     "max_client_batch_size": "Prompts in one request.",
@@ -58,7 +68,6 @@ _NGROK = "it never worked in TGI, which panics when it is used"
 REFUSED = {
     "print-schema": _NOT_YET,
     "--tokenizer-name": _BY_SHARD,
-    "--tokenizer-config-path": _NOT_YET,
     "--revision": _BY_SHARD,
     "--trust-remote-code": "the router runs no code of a model",
     "--otlp-endpoint": _NOT_YET,

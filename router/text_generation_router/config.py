@@ -34,6 +34,9 @@ class RouterFlags:
     prometheus_port: int | None = None
     master_shard_uds_path: str = "/tmp/text-generation-server-0"
     validation_workers: int = 2
+    tokenizer_config_path: str | None = None
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
     api_key: str | None = None
     json_output: bool = False
     cors_allow_origin: tuple[str, ...] = ()
@@ -43,6 +46,8 @@ class RouterFlags:
     graceful_termination_timeout: int = 90
     prefix_caching: bool = True
     max_inter_token_latency_ms: int | None = None
+    aip_predict_route: str | None = None
+    aip_health_route: str | None = None
     compute_type: str = "gpu+optimized"
     launcher_nonce: str = ""
     git_sha: str | None = None
@@ -115,23 +120,27 @@ class RouterConfig:
     """How each limit came about, by its name: for the log."""
 
 
+def check_counts(flags: RouterFlags) -> None:
+    """Raises: ConfigError for numbers that make no sense with any model."""
+    for name in (
+        "validation_workers",
+        "max_batch_size",
+        "max_inter_token_latency_ms",
+        "max_concurrent_requests",
+        "max_batch_prefill_tokens",
+        "max_batch_total_tokens",
+    ):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"`{name}` must be > 0")
+
+
 def warmup_limits(flags: RouterFlags, info: ModelInfo) -> WarmupLimits:
     """What is known before the shards have said how much fits.
 
     Raises: ConfigError for all that is wrong whatever fits.
     """
-    if flags.validation_workers < 1:
-        raise ConfigError("`validation_workers` must be > 0")
-    if flags.max_batch_size is not None and flags.max_batch_size < 1:
-        raise ConfigError("`max_batch_size` must be > 0")
-    if flags.max_inter_token_latency_ms is not None and flags.max_inter_token_latency_ms < 1:
-        raise ConfigError("`max_inter_token_latency_ms` must be > 0")
-    if flags.max_concurrent_requests < 1:
-        raise ConfigError("`max_concurrent_requests` must be > 0")
-    if flags.max_batch_prefill_tokens is not None and flags.max_batch_prefill_tokens < 1:
-        raise ConfigError("`max_batch_prefill_tokens` must be > 0")
-    if flags.max_batch_total_tokens is not None and flags.max_batch_total_tokens < 1:
-        raise ConfigError("`max_batch_total_tokens` must be > 0")
+    check_counts(flags)
     positions = info.max_position_embeddings
     max_total = flags.max_total_tokens
     if max_total is not None and 0 < positions < max_total:

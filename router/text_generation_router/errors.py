@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class RouterError(Exception):
@@ -23,6 +23,82 @@ class ValidationError(RouterError):
 
     def __init__(self, message: str) -> None:
         super().__init__(f"Input validation error: {message}")
+
+
+class Unauthorized(RouterError):
+    """The request does not carry the key of ``--api-key``."""
+
+    status = 401
+    error_type = "invalid_api_key"
+
+    def __init__(self) -> None:
+        super().__init__("Incorrect API key provided: send `Authorization: Bearer <key>` with the server's `--api-key`")
+
+
+class TemplateFailed(RouterError):
+    """The chat template cannot make a prompt of the messages, or there is none."""
+
+    status = 422
+    error_type = "template_error"
+    metric = "template"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"Template error: {message}")
+
+
+class ToolError(RouterError):
+    """What the request says of tools does not fit together."""
+
+    status = 422
+    error_type = "tool_error"
+    metric = "validation"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"Tool error: {message}")
+
+
+class UnknownModel(RouterError):
+    """Another model was asked for than the one that is served."""
+
+    status = 404
+    error_type = "model_not_found"
+    metric = "validation"
+
+    def __init__(self, asked: str, served: str) -> None:
+        super().__init__(f"The model `{asked}` does not exist. This server has `{served}`, also by the name `tgi`")
+
+
+class BatchTooLarge(RouterError):
+    """More prompts in one request than ``--max-client-batch-size``."""
+
+    status = 422
+    error_type = "batch size exceeded"
+    metric = "validation"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"Number of prompts exceeds the maximum allowed batch size of {limit}")
+
+
+class SuffixUnsupported(RouterError):
+    """``suffix`` of a completion."""
+
+    status = 422
+    error_type = "suffix not supported"
+    metric = "validation"
+
+    def __init__(self) -> None:
+        super().__init__("Suffix is not supported and can be achieved by preprocessing the prompt.")
+
+
+class GeneratesNothing(RouterError):
+    """A model that embeds was asked for text."""
+
+    status = 422
+    error_type = "validation"
+    metric = "validation"
+
+    def __init__(self, model_id: str) -> None:
+        super().__init__(f"The model `{model_id}` generates no text, it embeds: use /v1/embeddings, /embed or /")
 
 
 class Overloaded(RouterError):
@@ -139,6 +215,39 @@ class WrongJson(BodyError):
         super().__init__(f"Failed to deserialize the JSON body into the target type: {reason}")
 
 
+def first_of(errors: BaseExceptionGroup[BaseException]) -> BaseException:
+    """One error of those that a group of tasks ended with."""
+    error: BaseException = errors
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 def error_body(error: RouterError) -> dict[str, str]:
     """The JSON body of an error, the same in a response and in an SSE event."""
     return {"error": str(error), "error_type": error.error_type}
+
+
+_OPENAI_TYPES = {401: "invalid_request_error", 429: "rate_limit_error"}
+
+
+def openai_error_body(status: int, message: str, code: str | None) -> dict[str, Any]:
+    """The same as OpenAI's clients read it. TGI's own read ``error_type`` beside it."""
+    kind = _OPENAI_TYPES.get(status, "invalid_request_error" if status < 500 and status != 424 else "server_error")
+    error = {"message": message, "type": kind, "param": None, "code": code, "http_status_code": status}
+    return {"error": error} if code is None else {"error": error, "error_type": code}
+
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_error_body(status: int, message: str) -> dict[str, Any]:
+    """The same as Anthropic's clients read it."""
+    otherwise = "invalid_request_error" if status < 500 and status != 424 else "api_error"
+    return {"type": "error", "error": {"type": _ANTHROPIC_TYPES.get(status, otherwise), "message": message}}

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
+from text_generation_proto.grammars import Grammar
 
 _F32_MAX = 3.4028234663852886e38
 _U64_MAX = 2**64 - 1
@@ -63,6 +64,28 @@ class Caller(msgspec.Struct, frozen=True):
 NOBODY = Caller()
 
 
+class MoreParameters(msgspec.Struct, frozen=True, kw_only=True):
+    """What routes other than TGI's can ask for on top."""
+
+    presence_penalty: float = 0.0
+    count_penalty: float = 0.0
+    """OpenAI's frequency penalty: for each time a token was generated."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids, and what is added to the logit of each."""
+    choice_index: int = 0
+    """Among several answers to one request, which with one seed are several all the same."""
+    ignore_eos: bool = False
+    grammar: Grammar | None = None
+    """What the answer has to obey, where the route has its own ways to say so."""
+    max_top_n_tokens: int = 0
+    """Where the route allows more than ``--max-top-n-tokens``."""
+    embeds: bool = False
+    """The mean of the prompt's last hidden states is wanted, not what follows."""
+
+
+NO_MORE = MoreParameters()
+
+
 class GenerateRequest(msgspec.Struct, frozen=True):
     """What every generating route asks of the router, whatever its body looks like."""
 
@@ -70,3 +93,6 @@ class GenerateRequest(msgspec.Struct, frozen=True):
     parameters: GenerateParameters
     add_special_tokens: bool = True
     """False when a chat template has put them in already. Never read from a native body."""
+    more: MoreParameters = NO_MORE
+    input_ids: tuple[int, ...] | None = None
+    """The prompt, where it was sent as ids; ``inputs`` is their text then."""

@@ -10,8 +10,9 @@ from types import TracebackType
 from typing import Self
 
 from text_generation_router.config import Limits
-from text_generation_router.errors import IncompleteGeneration, Overloaded, RouterError, ShuttingDown
+from text_generation_router.errors import IncompleteGeneration, Overloaded, RouterError, ShuttingDown, first_of
 from text_generation_router.generate_request import NOBODY, Caller, GenerateRequest
+from text_generation_router.guidance.guidance import Guidance
 from text_generation_router.metrics import Metrics
 from text_generation_router.scheduling.batcher import Batcher
 from text_generation_router.scheduling.requests import (
@@ -76,6 +77,11 @@ class Generation:
             self._finished = True
         return events
 
+    @property
+    def embedding(self) -> bytes:
+        """Float32, little endian; of a request that embeds, once it has ended."""
+        return self._queued.embedding
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -95,8 +101,9 @@ class Permit:
 
     __slots__ = ("_permits",)
 
-    def __init__(self, permits: Permits) -> None:
-        self._permits: Permits | None = permits
+    def __init__(self, permits: Permits | None) -> None:
+        """None: another permit stands for this one."""
+        self._permits = permits
 
     def release(self) -> None:
         if self._permits is not None:
@@ -127,6 +134,7 @@ class Inference:
         limits: Limits,
         metrics: Metrics,
         max_concurrent_requests: int,
+        guidance: Guidance,
     ) -> None:
         self.limits = limits
         self.permits = Permits(max_concurrent_requests)
@@ -134,6 +142,7 @@ class Inference:
         self._batcher = batcher
         self._tokenizer = tokenizer
         self._metrics = metrics
+        self._guidance = guidance
 
     def ready(self) -> bool:
         """Whether a request sent now would be served: the shards make progress and nothing drains."""
@@ -145,7 +154,7 @@ class Inference:
         Raises: ShuttingDown, Overloaded (before anything is validated), ValidationError. Never waits for a token.
         """
         check_shape(request, self.limits, streaming=True)
-        return await self._start(request, caller)
+        return await self.start(request, caller)
 
     async def generate(self, request: GenerateRequest, caller: Caller = NOBODY) -> GenerationResult:
         """Run a request to its end; with ``best_of`` several generations at once, each with a permit of its own.
@@ -162,7 +171,7 @@ class Inference:
                 async with asyncio.TaskGroup() as group:
                     tasks += [group.create_task(self._complete(request, caller)) for _ in range(copies)]
             except* RouterError as errors:
-                raise _first_error(errors) from None
+                raise first_of(errors) from None
             choices = [task.result() for task in tasks]
         best = max(choices, key=Choice.mean_logprob)
         return GenerationResult(
@@ -178,7 +187,7 @@ class Inference:
         tokens: list[Token] = []
         top_tokens: list[list[Token]] = []
         prefill: list[PrefillToken] = []
-        async with await self._start(request, caller) as generation:
+        async with await self.start(request, caller) as generation:
             while True:
                 for event in await generation.next_events():
                     if isinstance(event, PrefillEvent):
@@ -190,17 +199,41 @@ class Inference:
                     if event.finished is not None:
                         return Choice(event.finished, tokens, prefill, top_tokens)
 
-    async def _start(self, request: GenerateRequest, caller: Caller) -> Generation:
+    def reserve(self, count: int) -> list[Permit]:
+        """Places for so many generations, all or none. Raises: ShuttingDown, Overloaded."""
         if self.draining:
-            raise ShuttingDown()
-        permit = self.permits.take()
+            raise ShuttingDown
+        permits: list[Permit] = []
+        try:
+            for _ in range(count):
+                permits.append(self.permits.take())  # noqa: PERF401  # those before a refusal are given back
+        except Overloaded:
+            for permit in permits:
+                permit.release()
+            raise
+        return permits
+
+    async def start(self, request: GenerateRequest, caller: Caller, permit: Permit | None = None) -> Generation:
+        """Start one generation, whatever the shape of the answer. ``permit``: one that was reserved; it is given back
+        with the generation, or when this fails.
+
+        Raises: ShuttingDown, Overloaded, ValidationError.
+        """
+        if permit is None:
+            (permit,) = self.reserve(1)
         try:
             started = time.perf_counter()
             checked = check_parameters(request, self.limits)
-            with self._batcher.door.entering():
-                encoding = await self._tokenizer.encode(checked.inputs, checked.add_special_tokens)
+            if request.input_ids is not None:
+                input_ids = list(request.input_ids)
+            else:
+                with self._batcher.door.entering():
+                    encoding = await self._tokenizer.encode(checked.inputs, checked.add_special_tokens)
+                input_ids = encoding.ids
             seed = checked.seed if checked.seed is not None else secrets.randbits(64)
-            valid = build_request(checked, encoding.ids, self.limits, seed=seed, caller=caller)
+            valid = build_request(checked, input_ids, self.limits, seed=seed, caller=caller)
+            if valid.grammar is not None:
+                await self._guidance.admit(valid.grammar)
             validation_s = time.perf_counter() - started
             self._metrics.request_input_length.observe(len(valid.input_ids))
             self._metrics.request_max_new_tokens.observe(valid.max_new_tokens)
@@ -210,11 +243,3 @@ class Inference:
         except BaseException:
             permit.release()
             raise
-
-
-def _first_error(errors: BaseExceptionGroup[RouterError]) -> RouterError:
-    error: BaseException = errors
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, RouterError)
-    return error

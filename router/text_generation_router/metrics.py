@@ -9,7 +9,8 @@ Who counts what:
   of request_success, request_failure{err} or request_cancelled; request_duration, request_validation_duration,
   request_queue_duration, request_inference_duration, request_mean_time_per_token_duration and
   request_generated_tokens of successes.
-- `inference`: request_input_length, request_max_new_tokens.
+- `inference`: request_input_length, request_max_new_tokens; `embedding.embedder`: request_input_length of each text.
+- `embedding.batches`: queue_size and batch_inference_* with the method ``embed``.
 - `scheduling.batcher`: queue_size, batch_*, kv_cache_*, prefix_cache_*, preemption_count, step_*_duration,
   request_skipped_tokens, time_to_first_token_duration and inter_token_latency_duration.
 
@@ -26,7 +27,7 @@ DURATION_BUCKETS: tuple[float, ...] = tuple(0.0001 * 1.5**k for k in range(1, 36
 BATCH_SIZE_BUCKETS = tuple(float(2**k) for k in range(11))
 SKIPPED_TOKENS_BUCKETS = tuple(float(k) for k in range(11))
 
-_METHODS = ("prefill", "decode")
+_METHODS = ("prefill", "decode", "embed")
 _FAILURES = ("validation", "overloaded", "generation", "incomplete", "internal", "shutting_down")
 _CONCAT_REASONS = ("backpressure", "wait_exceeded", "chunking")
 

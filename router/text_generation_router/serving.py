@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import time
 from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from importlib.metadata import version
@@ -12,14 +13,27 @@ from typing import TypeVar
 
 from text_generation_proto.logs import send_event
 
+from text_generation_router.api.anthropic.messages import MessageRoutes
+from text_generation_router.api.embeddings import EmbeddingRoutes
 from text_generation_router.api.generate import GenerateRoutes
+from text_generation_router.api.headers import header_value
+from text_generation_router.api.openai.answers import Answers
+from text_generation_router.api.openai.chat import ChatRoutes
+from text_generation_router.api.openai.completions import CompletionRoutes
+from text_generation_router.api.openai.models import ModelRoutes
+from text_generation_router.api.openai.responses import ResponseRoutes
+from text_generation_router.api.platforms import SharedPaths, VertexRoutes
 from text_generation_router.api.schemas import Info
+from text_generation_router.api.served import Served
 from text_generation_router.api.service import ServiceRoutes
-from text_generation_router.app import Access, build_app, build_metrics_app
-from text_generation_router.backend import Backend, StartError, end_task, start_backend
-from text_generation_router.config import RouterFlags
+from text_generation_router.app import Access, GeneratingRoutes, Routes, build_app, build_metrics_app
+from text_generation_router.backend import Backend, GenerationBackend, StartError, end_task, start_backend
+from text_generation_router.chat.reasoning import REASONING_MARKS
+from text_generation_router.chat.tools import FORMATS
+from text_generation_router.config import RouterConfig, RouterFlags
 from text_generation_router.draining import Drain, Shutdown
 from text_generation_router.listening import HttpServer, bind, shown_address
+from text_generation_router.token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +52,8 @@ async def serve(flags: RouterFlags, shutdown: Shutdown | None = None) -> int:
     if shutdown is None:
         shutdown = Shutdown()
         shutdown.install()
-    if flags.api_key is not None and not flags.api_key.strip():
-        raise StartError("Argument validation error: `api_key` must not be empty")
+    api_keys = _api_keys(flags.api_key)
+    _check_parsers(flags)
     drain = Drain()
     async with AsyncExitStack() as stack:
         # Bound before anything is loaded: an address in use is found at once.
@@ -53,20 +67,19 @@ async def serve(flags: RouterFlags, shutdown: Shutdown | None = None) -> int:
             return 0
         service = ServiceRoutes(
             backend.tokenizer,
-            backend.inference,
+            backend.door,
             backend.metrics,
             api_info(flags, backend),
             payload_limit=flags.payload_limit,
         )
-        generate = GenerateRoutes(
-            backend.inference,
-            backend.metrics,
-            payload_limit=flags.payload_limit,
-            compute_type=flags.compute_type,
-            full_text_by_default=backend.info.pipeline_tag in (None, "text-generation"),
+        access = Access(
+            drain=drain,
+            api_keys=api_keys,
+            cors_allow_origin=flags.cors_allow_origin,
+            aip_predict_route=flags.aip_predict_route,
+            aip_health_route=flags.aip_health_route,
         )
-        access = Access(drain=drain, api_key=flags.api_key, cors_allow_origin=flags.cors_allow_origin)
-        servers = [HttpServer(build_app(generate, service, access), sock)]
+        servers = [HttpServer(build_app(make_routes(flags, backend, service), access), sock)]
         if metrics_sock is not None:
             servers.append(HttpServer(build_metrics_app(service, Drain()), metrics_sock))
             logger.info("Metrics on %s", shown_address(metrics_sock))
@@ -81,18 +94,107 @@ async def serve(flags: RouterFlags, shutdown: Shutdown | None = None) -> int:
         return code
 
 
+def make_routes(flags: RouterFlags, backend: Backend, service: ServiceRoutes) -> Routes:
+    """The handlers for what the model can do."""
+    generation = backend.generation
+    served = Served(
+        metrics=backend.metrics,
+        model_id=backend.info.model_id,
+        created=int(time.time()),
+        payload_limit=flags.payload_limit,
+        compute_type=header_value(flags.compute_type),
+    )
+    embeddings = None if backend.embedder is None else EmbeddingRoutes(served, backend.embedder)
+    if generation is None:
+        assert embeddings is not None, "a model does something"
+        shared = SharedPaths(
+            inputs=embeddings.embed, texts=None, others={"input": embeddings.openai}, payload_limit=flags.payload_limit
+        )
+        generating = None
+    else:
+        generating = _generating_routes(flags, backend, generation, served)
+        shared = SharedPaths(
+            inputs=generating.generate.compat_generate,
+            texts=None if embeddings is None else embeddings.embed,
+            others={"messages": generating.chat.completions, "prompt": generating.completions.completions},
+            payload_limit=flags.payload_limit,
+        )
+    return Routes(
+        service=service,
+        models=ModelRoutes(served),
+        shared=shared,
+        generating=generating,
+        embeddings=embeddings,
+        model_id=backend.info.model_id,
+    )
+
+
+def _generating_routes(
+    flags: RouterFlags, backend: Backend, generation: GenerationBackend, served: Served
+) -> GeneratingRoutes:
+    inference = generation.inference
+    answers = Answers(
+        served=served,
+        inference=inference,
+        tokenizer=backend.tokenizer,
+        texts=TokenBytes(backend.tokenizer.tokenizer),
+        fingerprint=f"{version('text-generation-inference')}-{flags.docker_label or 'native'}",
+        max_client_batch_size=flags.max_client_batch_size,
+    )
+    chat = ChatRoutes(
+        answers,
+        generation.templates,
+        tool_call_parser=flags.tool_call_parser,
+        reasoning_parser=flags.reasoning_parser,
+    )
+    return GeneratingRoutes(
+        generate=GenerateRoutes(
+            inference,
+            backend.metrics,
+            payload_limit=flags.payload_limit,
+            compute_type=flags.compute_type,
+            full_text_by_default=backend.info.pipeline_tag in (None, "text-generation"),
+        ),
+        chat=chat,
+        completions=CompletionRoutes(answers),
+        messages=MessageRoutes(answers, chat),
+        responses=ResponseRoutes(answers, chat),
+        vertex=VertexRoutes(
+            inference, chat, payload_limit=flags.payload_limit, max_client_batch_size=flags.max_client_batch_size
+        ),
+    )
+
+
+def _api_keys(given: str | None) -> tuple[str, ...]:
+    """Commas separate keys. Raises: StartError."""
+    keys = () if given is None else tuple(key.strip() for key in given.split(","))
+    if not all(keys):
+        raise StartError("Argument validation error: `api_key` must not be empty")
+    return keys
+
+
+def _check_parsers(flags: RouterFlags) -> None:
+    for name, given, known in (
+        ("tool_call_parser", flags.tool_call_parser, [form.name for form in FORMATS]),
+        ("reasoning_parser", flags.reasoning_parser, list(REASONING_MARKS)),
+    ):
+        if given is not None and given not in known:
+            raise StartError(f"Argument validation error: `{name}` must be one of {', '.join(known)}. Given: {given}")
+
+
 def api_info(flags: RouterFlags, backend: Backend) -> Info:
     """The body of ``/info``."""
-    limits = backend.config.limits
+    longest = backend.max_input_tokens
+    limits = None if backend.generation is None else backend.generation.config.limits
     return Info(
         model_id=backend.info.model_id,
         model_sha=backend.info.model_sha,
         model_pipeline_tag=backend.info.pipeline_tag,
         max_concurrent_requests=flags.max_concurrent_requests,
-        max_best_of=limits.max_best_of,
-        max_stop_sequences=limits.max_stop_sequences,
-        max_input_tokens=limits.max_input_tokens,
-        max_total_tokens=limits.max_total_tokens,
+        max_best_of=flags.max_best_of,
+        max_stop_sequences=flags.max_stop_sequences,
+        max_input_tokens=longest,
+        max_total_tokens=longest if limits is None else limits.max_total_tokens,
         validation_workers=flags.validation_workers,
         max_client_batch_size=flags.max_client_batch_size,
         router="text-generation-router",
@@ -103,17 +205,23 @@ def api_info(flags: RouterFlags, backend: Backend) -> Info:
 
 
 def _announce(backend: Backend, address: str) -> None:
-    config, limits = backend.config, backend.config.limits
+    if backend.generation is None:
+        logger.info("Maximum input tokens: %s", backend.max_input_tokens)
+    else:
+        _announce_limits(backend.generation.config)
+    logger.info("Connected")
+    send_event("ready", f"Listening on {address}", seconds=backend.seconds, address=address)
+
+
+def _announce_limits(config: RouterConfig) -> None:
     for name, value in (
-        ("max_input_tokens", limits.max_input_tokens),
-        ("max_total_tokens", limits.max_total_tokens),
+        ("max_input_tokens", config.limits.max_input_tokens),
+        ("max_total_tokens", config.limits.max_total_tokens),
         ("max_batch_prefill_tokens", config.max_batch_prefill_tokens),
         ("max_batch_total_tokens", config.max_batch_total_tokens),
     ):
         title = name.replace("max", "Maximum").replace("_", " ")
         logger.info("%s: %s (%s)", title, value, config.derivations[name])
-    logger.info("Connected")
-    send_event("ready", f"Listening on {address}", seconds=backend.seconds, address=address)
 
 
 async def _until_end(flags: RouterFlags, backend: Backend, shutdown: Shutdown, drain: Drain) -> int:
@@ -126,7 +234,7 @@ async def _until_end(flags: RouterFlags, backend: Backend, shutdown: Shutdown, d
         logger.error("The batching loop ended", exc_info=_error_of(backend.batching))
         code = 1
     drain.begin()
-    backend.inference.draining = True
+    backend.door.draining = True
     if code == 0:
         logger.info("Shutting down: %s requests are in progress", drain.num_active)
         await _drained(drain, flags.graceful_termination_timeout, shutdown)

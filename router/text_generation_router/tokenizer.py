@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,12 +79,25 @@ class RouterTokenizer:
         """Ids of a whole prompt, without offsets. Raises: ValidationError."""
         return await self._on_worker(len(text), lambda: self._encode(text, add_special_tokens))
 
-    async def encode_then(self, text: str, then: Callable[[Encoding], Result]) -> Result:
+    async def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of many texts, special tokens included. Raises: ValidationError."""
+        return await self._on_worker(sum(map(len, texts)), lambda: self._encode_texts(texts))
+
+    async def encode_cut(self, text: str, max_tokens: int, *, keep_end: bool = False) -> list[int]:
+        """Ids of as much of a text as fits, special tokens around it; of its beginning unless ``keep_end``.
+
+        Raises: ValidationError.
+        """
+        return await self._on_worker(len(text), lambda: self._encode_cut(text, max_tokens, keep_end=keep_end))
+
+    async def encode_then(
+        self, text: str, then: Callable[[Encoding], Result], *, add_special_tokens: bool = True
+    ) -> Result:
         """``then`` of ids and offsets, on the worker thread as well: a long prompt has a million of each.
 
         Raises: ValidationError.
         """
-        return await self._on_worker(len(text), lambda: then(self._encode_with_offsets(text)))
+        return await self._on_worker(len(text), lambda: then(self._encode_with_offsets(text, add_special_tokens)))
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -98,9 +111,26 @@ class RouterTokenizer:
             raise ValidationError(f"tokenizer error {error}") from None
         return Encoding(self._known(encoding.ids))
 
-    def _encode_with_offsets(self, text: str) -> Encoding:
+    def _encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         try:
-            (encoding,) = self.tokenizer.encode_batch([text], add_special_tokens=True)
+            encodings = self.tokenizer.encode_batch_fast(list(texts))
+        except BaseException as error:
+            raise ValidationError(f"tokenizer error {error}") from None
+        return [self._known(encoding.ids) for encoding in encodings]
+
+    def _encode_cut(self, text: str, max_tokens: int, *, keep_end: bool) -> list[int]:
+        try:
+            (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
+            room = max(max_tokens - self.tokenizer.num_special_tokens_to_add(is_pair=False), 0)
+            encoding.truncate(room, direction="left" if keep_end else "right")
+            encoding = self.tokenizer.post_process(encoding)
+        except BaseException as error:
+            raise ValidationError(f"tokenizer error {error}") from None
+        return self._known(encoding.ids)
+
+    def _encode_with_offsets(self, text: str, add_special_tokens: bool) -> Encoding:
+        try:
+            (encoding,) = self.tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
         except BaseException as error:
             raise ValidationError(f"tokenizer error {error}") from None
         return Encoding(encoding.ids, encoding.offsets)

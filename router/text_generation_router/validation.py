@@ -9,9 +9,19 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, replace
 
+from text_generation_proto.grammars import Grammar
+
 from text_generation_router.config import Limits
 from text_generation_router.errors import ValidationError
-from text_generation_router.generate_request import NOBODY, Caller, GenerateParameters, GenerateRequest
+from text_generation_router.generate_request import (
+    NO_MORE,
+    NOBODY,
+    Caller,
+    GenerateParameters,
+    GenerateRequest,
+    MoreParameters,
+)
+from text_generation_router.guidance.formats import native_grammar
 from text_generation_router.scheduling.requests import Sampling, ValidRequest
 
 _F32 = struct.Struct("f")
@@ -31,6 +41,10 @@ class CheckedParameters:
     stop_sequences: tuple[str, ...]
     top_n_tokens: int
     decoder_input_details: bool
+    ignore_eos: bool = False
+    grammar: Grammar | None = None
+    """Still to be tried out."""
+    embeds: bool = False
 
 
 def check_shape(request: GenerateRequest, limits: Limits, *, streaming: bool) -> None:
@@ -56,7 +70,7 @@ def check_parameters(request: GenerateRequest, limits: Limits) -> CheckedParamet
     """All that can be said without the prompt's tokens. Raises: ValidationError."""
     parameters = request.parameters
     best_of = max(parameters.best_of or 1, 1)
-    sampling = _check_sampling(parameters, best_of)
+    sampling = _with_more(_check_sampling(parameters, best_of), request.more, limits)
     if parameters.max_new_tokens == 0:
         raise ValidationError("`max_new_tokens` must be strictly positive")
     num_stops = len(parameters.stop)
@@ -65,18 +79,19 @@ def check_parameters(request: GenerateRequest, limits: Limits) -> CheckedParamet
     if parameters.seed is not None and best_of > 1:
         raise ValidationError("`seed` must not be set when `best_of` > 1")
     top_n_tokens = parameters.top_n_tokens or 0
-    if top_n_tokens > limits.max_top_n_tokens:
-        raise ValidationError(
-            f"`top_n_tokens` must be >= 0 and <= {limits.max_top_n_tokens}. Given: {parameters.top_n_tokens}"
-        )
-    if not request.inputs:
+    max_top_n_tokens = min(max(limits.max_top_n_tokens, request.more.max_top_n_tokens), limits.vocab_size)
+    if top_n_tokens > max_top_n_tokens:
+        raise ValidationError(f"`top_n_tokens` must be >= 0 and <= {max_top_n_tokens}. Given: {top_n_tokens}")
+    if not request.inputs and request.input_ids is None:
         raise ValidationError("`inputs` cannot be empty")
+    if request.input_ids is not None and max(request.input_ids, default=0) >= limits.vocab_size:
+        raise ValidationError(f"token ids of a prompt must be less than {limits.vocab_size}")
     truncate = parameters.truncate
     if truncate is not None and not 0 < truncate <= limits.max_input_tokens:
         raise ValidationError(
             f"`truncate` must be strictly positive and less than {limits.max_input_tokens}. Given: {truncate}"
         )
-    _refuse_missing_features(parameters, limits)
+    _refuse_missing_features(parameters)
     return CheckedParameters(
         inputs=request.inputs,
         add_special_tokens=request.add_special_tokens,
@@ -87,6 +102,9 @@ def check_parameters(request: GenerateRequest, limits: Limits) -> CheckedParamet
         stop_sequences=parameters.stop,
         top_n_tokens=top_n_tokens,
         decoder_input_details=parameters.decoder_input_details,
+        ignore_eos=request.more.ignore_eos,
+        grammar=_grammar(request, limits),
+        embeds=request.more.embeds,
     )
 
 
@@ -118,8 +136,11 @@ def build_request(
         stop_sequences=checked.stop_sequences,
         top_n_tokens=checked.top_n_tokens,
         decoder_input_details=checked.decoder_input_details,
+        ignore_eos=checked.ignore_eos,
+        grammar=checked.grammar,
         traceparent=caller.traceparent,
         cache_salt=caller.cache_salt,
+        embeds=checked.embeds,
     )
 
 
@@ -159,16 +180,37 @@ def _check_sampling(parameters: GenerateParameters, best_of: int) -> Sampling:
     )
 
 
-def _refuse_missing_features(parameters: GenerateParameters, limits: Limits) -> None:
+def _with_more(sampling: Sampling, more: MoreParameters, limits: Limits) -> Sampling:
+    """The rest of what a request can ask of sampling. Raises: ValidationError."""
+    if more is NO_MORE:
+        return sampling
+    largest = max((token_id for token_id, _ in more.logit_bias), default=0)
+    if largest >= limits.vocab_size:
+        raise ValidationError(f"`logit_bias` has token {largest}, the model knows {limits.vocab_size} tokens")
+    return replace(
+        sampling,
+        presence_penalty=_f32(more.presence_penalty, 0.0),
+        count_penalty=_f32(more.count_penalty, 0.0),
+        logit_bias=more.logit_bias,
+        choice_index=more.choice_index,
+    )
+
+
+def _grammar(request: GenerateRequest, limits: Limits) -> Grammar | None:
+    """The grammar of the answer: one that the route has put together, or the one of the request."""
+    if request.more.grammar is None and request.parameters.grammar is None:
+        return None
+    if limits.disable_grammar_support:
+        raise ValidationError("grammar is not supported")
+    return request.more.grammar or native_grammar(request.parameters.grammar)
+
+
+def _refuse_missing_features(parameters: GenerateParameters) -> None:
     """Fields of TGI that this version does not honour yet; false and null ask for nothing."""
     if parameters.watermark:
         raise ValidationError("`watermark` is not supported yet")
     if parameters.adapter_id is not None:
         raise ValidationError("`adapter_id` is not supported yet")
-    if parameters.grammar is not None:
-        if limits.disable_grammar_support:
-            raise ValidationError("grammar is not supported")
-        raise ValidationError("`grammar` is not supported yet")
 
 
 def _f32(value: float | None, default: float) -> float:

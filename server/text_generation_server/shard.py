@@ -9,25 +9,30 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from text_generation_proto.logs import send_event
 from text_generation_proto.v1 import generate_pb2 as pb
+from text_generation_proto.v1.generate_pb2_grpc import TextGenerationServicer
 
 from text_generation_server.attention import registry
 from text_generation_server.config import ShardConfig
 from text_generation_server.distributed import Group, join
+from text_generation_server.embedding.encoder import Encoder, EncoderInfo, is_encoder, load_encoder
+from text_generation_server.embedding.recipe import Pooling
+from text_generation_server.embedding.service import EncoderEngine, EncoderService
 from text_generation_server.engine.cuda_graphs import with_graphs
 from text_generation_server.engine.engine import Engine, compute_thread
 from text_generation_server.engine.memory import KVPlan, WarmupLimits
 from text_generation_server.errors import first_line
+from text_generation_server.generation.guidance import Guidance
 from text_generation_server.library_logs import route_library_logs
 from text_generation_server.model.footprint import Footprint
 from text_generation_server.model.loader import load_model
-from text_generation_server.model.runner import ModelRunner
+from text_generation_server.model.runner import ModelInfo, ModelRunner
 from text_generation_server.model.transformers_runner import TransformersRunner
 from text_generation_server.planning import plan_loaded, read_device, require_room
 from text_generation_server.rpc.server import listen
@@ -56,13 +61,20 @@ def run_shard(config: ShardConfig, source: ModelSource, env: Mapping[str, str], 
     compute = compute_thread(_num_threads(config, env))
     with timed(seconds, "join"):
         group = compute.submit(join, config).result()
+    with timed(seconds, "plan"):
+        if compute.submit(is_encoder, config, source.folder).result():
+            return _run_encoder(config, source, compute, group, seconds)
     with contextlib.ExitStack() as stack:
         with timed(seconds, "plan"):
             found = compute.submit(_require_room, config, source.folder, group).result()
         with timed(seconds, "load"):
             tokenizer = stack.enter_context(tokenizer_folder(source.folder, trust_remote_code=config.trust_remote_code))
             runner = compute.submit(load_model, config, source.folder, group, _progress_reporter()).result()
-        compute.submit(_log_model, runner).result()  # each thread has its own number of threads
+        compute.submit(_log_model, runner.info).result()  # each thread has its own number of threads
+        info = _info(config, source, runner, tokenizer)
+        guidance = None
+        if config.rank == 0:  # who samples
+            guidance = Guidance(Path(info.tokenizer_path), info.vocab_size, info.eos_token_ids)
         engine = Engine(
             with_graphs(runner, config.cuda_graphs, max_total_tokens=config.max_total_tokens),
             lambda _, limits: _plan(runner, limits, found, config),
@@ -71,20 +83,47 @@ def run_shard(config: ShardConfig, source: ModelSource, env: Mapping[str, str], 
             is_leader=config.rank == 0,
             broadcast=_broadcast(group),
             compute=compute,
+            guidance=guidance,
         )
         runner.on_progress = engine.note_progress
         # What is alive now stays: no collection between two steps looks at a million objects of the libraries again.
         gc.collect()
         gc.freeze()
         running = engine.start()
-        code = asyncio.run(_serve(config, engine, running, _info(config, source, runner, tokenizer), seconds))
+        service = TextGenerationService(engine, info, guidance)
+        code = asyncio.run(_serve(config, engine, running, service, seconds))
     if running.done() and running.exception() is None:  # else it would wait for peers that are gone
         compute.submit(group.close).result()
     return code
 
 
+def _run_encoder(
+    config: ShardConfig, source: ModelSource, compute: Executor, group: Group, seconds: dict[str, float]
+) -> int:
+    """The same for a model that embeds: no KV cache, no steps."""
+    with contextlib.ExitStack() as stack:
+        with timed(seconds, "load"):
+            tokenizer = stack.enter_context(tokenizer_folder(source.folder, trust_remote_code=config.trust_remote_code))
+            encoder = compute.submit(load_encoder, config, source.folder, group.device, _progress_reporter()).result()
+        compute.submit(_log_model, encoder.info).result()
+        engine = EncoderEngine(encoder, compute)
+        gc.collect()
+        gc.freeze()
+        service = EncoderService(engine, _encoder_info(config, source, encoder, tokenizer))
+        return asyncio.run(_serve(config, engine, engine.start(), service, seconds))
+
+
+class Stoppable(Protocol):
+    def stop(self, timeout_s: float) -> bool:
+        """End once what runs has ended; whether that was in time."""
+
+
 async def _serve(
-    config: ShardConfig, engine: Engine, running: Future[None], info: pb.InfoResponse, seconds: dict[str, float]
+    config: ShardConfig,
+    engine: Stoppable,
+    running: Future[None],
+    service: TextGenerationServicer,
+    seconds: dict[str, float],
 ) -> int:
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -93,7 +132,7 @@ async def _serve(
     running.add_done_callback(lambda _: loop.call_soon_threadsafe(ended.set))
     try:
         with timed(seconds, "listen"):
-            listener = await listen(TextGenerationService(engine, info), Path(f"{config.uds_path}-{config.rank}"))
+            listener = await listen(service, Path(f"{config.uds_path}-{config.rank}"))
         try:
             rounded = {step: round(duration, 3) for step, duration in seconds.items()}
             send_event("ready", f"shard {config.rank} listens on {listener.url}", rank=config.rank, seconds=rounded)
@@ -136,9 +175,8 @@ def usable_cores(root: Path = Path("/")) -> int:
     return cores
 
 
-def _log_model(runner: ModelRunner) -> None:
+def _log_model(info: ModelInfo | EncoderInfo) -> None:
     """What a person asks first when the server is slow: which number format, where, with how many threads."""
-    info = runner.info
     threads = f", {torch.get_num_threads()} threads" if info.device.type == "cpu" else ""
     dtype = str(info.dtype).removeprefix("torch.")
     logger.info("%s in %s on %s%s, attention %s", info.model_type, dtype, info.device, threads, info.attention)
@@ -177,6 +215,40 @@ def _plan(runner: TransformersRunner, limits: WarmupLimits, found: Footprint, co
 
 def _info(config: ShardConfig, source: ModelSource, runner: ModelRunner, tokenizer: Path) -> pb.InfoResponse:
     info = runner.info
+    message = _identity(config, source, info, tokenizer)
+    message.eos_token_ids.extend(info.eos_token_ids or tokenizer_eos_ids(tokenizer))
+    message.max_position_embeddings = info.max_position_embeddings
+    message.window_size = info.window_size
+    message.prefill_logprobs = config.prefill_logprobs
+    if info.hidden_size:
+        message.embedding.dimensions = info.hidden_size
+        message.embedding.pooling = Pooling.MEAN
+    return message
+
+
+def _encoder_info(config: ShardConfig, source: ModelSource, encoder: Encoder, tokenizer: Path) -> pb.InfoResponse:
+    info, recipe = encoder.info, encoder.recipe
+    message = _identity(config, source, info, tokenizer)
+    message.is_encoder = True
+    message.embedding.CopyFrom(
+        pb.EmbeddingInfo(
+            dimensions=info.dimensions,
+            pooling=",".join(recipe.poolings),
+            normalizes=recipe.normalizes,
+            max_input_tokens=info.max_tokens,
+            lower_case=recipe.lower_case,
+            prompts=recipe.prompts,
+            default_prompt=recipe.default_prompt,
+            shorter=recipe.shorter,
+        )
+    )
+    return message
+
+
+def _identity(
+    config: ShardConfig, source: ModelSource, info: ModelInfo | EncoderInfo, tokenizer: Path
+) -> pb.InfoResponse:
+    """What there is to say of any model."""
     return pb.InfoResponse(
         launcher_nonce=config.launcher_nonce,
         incarnation=config.incarnation,
@@ -191,10 +263,6 @@ def _info(config: ShardConfig, source: ModelSource, runner: ModelRunner, tokeniz
         attention_impl=info.attention,
         block_size=config.block_size,
         tokenizer_path=str(tokenizer),
-        eos_token_ids=info.eos_token_ids or tokenizer_eos_ids(tokenizer),
         vocab_size=info.vocab_size,
-        max_position_embeddings=info.max_position_embeddings,
-        window_size=info.window_size,
-        prefill_logprobs=config.prefill_logprobs,
         pipeline_tag=source.pipeline_tag or config.pipeline_tag,
     )

@@ -21,7 +21,7 @@ import uvloop
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import scripted
-from text_generation_router.api.sse import to_frames
+from text_generation_router.api.sse import NativeFrames
 from text_generation_router.scheduling.requests import EventStream, QueuedRequest, Token, TokenEvent
 
 CLIENT = """
@@ -90,8 +90,9 @@ async def step(running: Sequence[QueuedRequest], index: int) -> None:
 
 async def without_http(streams: int, tokens: int) -> float:
     async def consume(stream: EventStream) -> None:
+        frames = NativeFrames()
         while events := await stream.get_all():
-            to_frames(events, prefix="", details=False)
+            frames(events)
 
     all_streams = [EventStream() for _ in range(streams)]
     tasks = [asyncio.create_task(consume(stream)) for stream in all_streams]

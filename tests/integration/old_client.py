@@ -18,21 +18,24 @@ from text_generation import AsyncClient, Client  # type: ignore[import-not-found
 TIMEOUT_S = 120
 
 
-def call(client: Any, method: str, prompt: str, options: dict[str, Any]) -> Any:
+def call(client: Any, method: str, prompt: Any, options: dict[str, Any]) -> Any:
     try:
         returned = getattr(client, method)(prompt, **options)
-        if method == "generate_stream":
+        if method == "generate_stream" or options.get("stream"):
             return [response.model_dump(mode="json") for response in returned]
         return returned.model_dump(mode="json")
     except Exception as error:
         return {"error": type(error).__name__, "message": str(error)}
 
 
-async def async_call(client: Any, method: str, prompt: str, options: dict[str, Any]) -> Any:
+async def async_call(client: Any, method: str, prompt: Any, options: dict[str, Any]) -> Any:
     try:
         if method == "generate_stream":
             return [response.model_dump(mode="json") async for response in client.generate_stream(prompt, **options)]
-        return (await client.generate(prompt, **options)).model_dump(mode="json")
+        returned = await getattr(client, method)(prompt, **options)
+        if options.get("stream"):
+            return [response.model_dump(mode="json") async for response in returned]
+        return returned.model_dump(mode="json")
     except Exception as error:
         return {"error": type(error).__name__, "message": str(error)}
 

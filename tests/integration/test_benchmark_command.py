@@ -126,12 +126,25 @@ def test_a_launched_server_by_its_own_route(embedded: Launched, tmp_path: Path) 
         pytest.param(["-b", "1000"], "the server's max_concurrent_requests, 128", id="too many"),
         pytest.param(["-s", "100000"], "the server's max_input_tokens", id="too long"),
         pytest.param(["--watermark", "-b", "1"], "`watermark` is not supported", id="refused by the server"),
-        pytest.param(["--api", "chat"], "is no server of TGI's API (/info) or OpenAI's", id="no such routes"),
     ],
 )
 def test_what_a_server_does_not_take(embedded: Launched, arguments: list[str], message: str) -> None:
     _, err = benchmark("--url", embedded.url, *arguments, code=1)
     assert message in err.splitlines()[-1]
+
+
+def test_a_server_without_such_routes(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as server:
+        assert server.stdout is not None
+        port = server.stdout.readline().split(" port ")[1].split()[0]
+        _, err = benchmark("--url", f"http://127.0.0.1:{port}", "--api", "chat", code=1)
+        server.kill()
+    assert "is no server of TGI's API (/info) or OpenAI's" in err.splitlines()[-1]
 
 
 def test_the_shard_of_a_launched_server(tmp_path: Path) -> None:

@@ -77,3 +77,14 @@ def test_errors_are_the_clients_own(reciting: Launched, ask: Ask, stream: bool) 
         ask(reciting, "a", max_new_tokens=5000, stream=stream)
     with full(reciting), pytest.raises(OverloadedError, match="Model is overloaded"):
         ask(reciting, "a", stream=stream)
+
+
+def test_chats(embedded: Launched) -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    with InferenceClient(embedded.url, timeout=WITHIN_S) as client:
+        answer = client.chat_completion(question, max_tokens=30, temperature=0)
+        text = answer.choices[0].message.content
+        assert text is not None
+        assert "Paris" in text
+        stream = client.chat_completion(question, max_tokens=30, temperature=0, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == text

@@ -17,7 +17,7 @@ from integration.reciting import ALPHABET, POSITIONS
 PYTHON = Path(sys.prefix, "clients", "bin", "python")
 SCRIPT = Path(__file__).with_name("old_client.py")
 
-Call = tuple[str, str, dict[str, Any]]
+Call = tuple[str, Any, dict[str, Any]]
 
 
 def calls(server: Launched, *wanted: Call, asynchronous: bool = False) -> list[Any]:
@@ -99,3 +99,17 @@ def test_a_server_that_is_full_raises_overloaded_error(reciting: Launched, async
     with full(reciting):
         results = calls(reciting, ("generate", "a", {}), ("generate_stream", "a", {}), asynchronous=asynchronous)
     assert results == [{"error": "OverloadedError", "message": "Model is overloaded"}] * 2
+
+
+def test_chats(embedded: Launched, asynchronous: bool) -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    answer, chunks = calls(
+        embedded,
+        ("chat", question, {"max_tokens": 30, "temperature": 0}),
+        ("chat", question, {"max_tokens": 30, "temperature": 0, "stream": True}),
+        asynchronous=asynchronous,
+    )
+    text = answer["choices"][0]["message"]["content"]
+    assert "Paris" in text
+    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == text
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"

@@ -1,4 +1,5 @@
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -11,7 +12,7 @@ class InfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class InfoResponse(_message.Message):
-    __slots__ = ("launcher_nonce", "incarnation", "rank", "world_size", "urls", "model_id", "model_sha", "model_type", "dtype", "device_type", "attention_impl", "block_size", "tokenizer_path", "eos_token_ids", "vocab_size", "max_position_embeddings", "window_size", "prefill_logprobs", "pipeline_tag")
+    __slots__ = ("launcher_nonce", "incarnation", "rank", "world_size", "urls", "model_id", "model_sha", "model_type", "dtype", "device_type", "attention_impl", "block_size", "tokenizer_path", "eos_token_ids", "vocab_size", "max_position_embeddings", "window_size", "prefill_logprobs", "pipeline_tag", "embedding", "is_encoder")
     LAUNCHER_NONCE_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +32,8 @@ class InfoResponse(_message.Message):
     WINDOW_SIZE_FIELD_NUMBER: _ClassVar[int]
     PREFILL_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PIPELINE_TAG_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_FIELD_NUMBER: _ClassVar[int]
+    IS_ENCODER_FIELD_NUMBER: _ClassVar[int]
     launcher_nonce: str
     incarnation: int
     rank: int
@@ -50,7 +53,36 @@ class InfoResponse(_message.Message):
     window_size: int
     prefill_logprobs: bool
     pipeline_tag: str
-    def __init__(self, launcher_nonce: _Optional[str] = ..., incarnation: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., urls: _Optional[_Iterable[str]] = ..., model_id: _Optional[str] = ..., model_sha: _Optional[str] = ..., model_type: _Optional[str] = ..., dtype: _Optional[str] = ..., device_type: _Optional[str] = ..., attention_impl: _Optional[str] = ..., block_size: _Optional[int] = ..., tokenizer_path: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., max_position_embeddings: _Optional[int] = ..., window_size: _Optional[int] = ..., prefill_logprobs: bool = ..., pipeline_tag: _Optional[str] = ...) -> None: ...
+    embedding: EmbeddingInfo
+    is_encoder: bool
+    def __init__(self, launcher_nonce: _Optional[str] = ..., incarnation: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., urls: _Optional[_Iterable[str]] = ..., model_id: _Optional[str] = ..., model_sha: _Optional[str] = ..., model_type: _Optional[str] = ..., dtype: _Optional[str] = ..., device_type: _Optional[str] = ..., attention_impl: _Optional[str] = ..., block_size: _Optional[int] = ..., tokenizer_path: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., max_position_embeddings: _Optional[int] = ..., window_size: _Optional[int] = ..., prefill_logprobs: bool = ..., pipeline_tag: _Optional[str] = ..., embedding: _Optional[_Union[EmbeddingInfo, _Mapping]] = ..., is_encoder: bool = ...) -> None: ...
+
+class EmbeddingInfo(_message.Message):
+    __slots__ = ("dimensions", "pooling", "normalizes", "max_input_tokens", "lower_case", "prompts", "default_prompt", "shorter")
+    class PromptsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
+    NORMALIZES_FIELD_NUMBER: _ClassVar[int]
+    MAX_INPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOWER_CASE_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    SHORTER_FIELD_NUMBER: _ClassVar[int]
+    dimensions: int
+    pooling: str
+    normalizes: bool
+    max_input_tokens: int
+    lower_case: bool
+    prompts: _containers.ScalarMap[str, str]
+    default_prompt: str
+    shorter: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, dimensions: _Optional[int] = ..., pooling: _Optional[str] = ..., normalizes: bool = ..., max_input_tokens: _Optional[int] = ..., lower_case: bool = ..., prompts: _Optional[_Mapping[str, str]] = ..., default_prompt: _Optional[str] = ..., shorter: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class HealthRequest(_message.Message):
     __slots__ = ()
@@ -95,6 +127,20 @@ class WarmupResponse(_message.Message):
     num_blocks: int
     derivation: str
     def __init__(self, num_blocks: _Optional[int] = ..., derivation: _Optional[str] = ...) -> None: ...
+
+class EmbedRequest(_message.Message):
+    __slots__ = ("token_ids", "lengths")
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    lengths: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., lengths: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class EmbedResponse(_message.Message):
+    __slots__ = ("vectors",)
+    VECTORS_FIELD_NUMBER: _ClassVar[int]
+    vectors: bytes
+    def __init__(self, vectors: _Optional[bytes] = ...) -> None: ...
 
 class ClearCacheRequest(_message.Message):
     __slots__ = ("epoch",)
@@ -167,7 +213,7 @@ class BlockAddition(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class NewSequence(_message.Message):
-    __slots__ = ("sequence_id", "token_ids", "num_prompt_tokens", "blocks", "num_cached_tokens", "sampling", "top_n_tokens", "prefill_logprobs", "traceparent")
+    __slots__ = ("sequence_id", "token_ids", "num_prompt_tokens", "blocks", "num_cached_tokens", "sampling", "top_n_tokens", "prefill_logprobs", "traceparent", "grammar", "embeds")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -177,6 +223,8 @@ class NewSequence(_message.Message):
     TOP_N_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    EMBEDS_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     num_prompt_tokens: int
@@ -186,10 +234,12 @@ class NewSequence(_message.Message):
     top_n_tokens: int
     prefill_logprobs: bool
     traceparent: str
-    def __init__(self, sequence_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ..., num_cached_tokens: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., top_n_tokens: _Optional[int] = ..., prefill_logprobs: bool = ..., traceparent: _Optional[str] = ...) -> None: ...
+    grammar: Grammar
+    embeds: bool
+    def __init__(self, sequence_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ..., num_cached_tokens: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., top_n_tokens: _Optional[int] = ..., prefill_logprobs: bool = ..., traceparent: _Optional[str] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., embeds: bool = ...) -> None: ...
 
 class SamplingParameters(_message.Message):
-    __slots__ = ("temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "frequency_penalty", "do_sample", "seed", "choice_index")
+    __slots__ = ("temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "frequency_penalty", "do_sample", "seed", "choice_index", "presence_penalty", "count_penalty", "bias_ids", "biases")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
@@ -199,6 +249,10 @@ class SamplingParameters(_message.Message):
     DO_SAMPLE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     CHOICE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    COUNT_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    BIAS_IDS_FIELD_NUMBER: _ClassVar[int]
+    BIASES_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_k: int
     top_p: float
@@ -208,7 +262,37 @@ class SamplingParameters(_message.Message):
     do_sample: bool
     seed: int
     choice_index: int
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., typical_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., do_sample: bool = ..., seed: _Optional[int] = ..., choice_index: _Optional[int] = ...) -> None: ...
+    presence_penalty: float
+    count_penalty: float
+    bias_ids: _containers.RepeatedScalarFieldContainer[int]
+    biases: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., typical_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., do_sample: bool = ..., seed: _Optional[int] = ..., choice_index: _Optional[int] = ..., presence_penalty: _Optional[float] = ..., count_penalty: _Optional[float] = ..., bias_ids: _Optional[_Iterable[int]] = ..., biases: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class Grammar(_message.Message):
+    __slots__ = ("kind", "source")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        JSON_SCHEMA: _ClassVar[Grammar.Kind]
+        REGEX: _ClassVar[Grammar.Kind]
+        LARK: _ClassVar[Grammar.Kind]
+    JSON_SCHEMA: Grammar.Kind
+    REGEX: Grammar.Kind
+    LARK: Grammar.Kind
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    kind: Grammar.Kind
+    source: str
+    def __init__(self, kind: _Optional[_Union[Grammar.Kind, str]] = ..., source: _Optional[str] = ...) -> None: ...
+
+class CompileGrammarRequest(_message.Message):
+    __slots__ = ("grammar",)
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    grammar: Grammar
+    def __init__(self, grammar: _Optional[_Union[Grammar, _Mapping]] = ...) -> None: ...
+
+class CompileGrammarResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("sequence_id", "num_tokens", "new_blocks")
@@ -251,20 +335,22 @@ class Tokens(_message.Message):
     def __init__(self, sequence_ids: _Optional[_Iterable[int]] = ..., output_indices: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Generation(_message.Message):
-    __slots__ = ("sequence_id", "first_output_index", "token_ids", "logprobs", "top_tokens", "prefill")
+    __slots__ = ("sequence_id", "first_output_index", "token_ids", "logprobs", "top_tokens", "prefill", "embedding")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     FIRST_OUTPUT_INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TOP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
+    EMBEDDING_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     first_output_index: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedScalarFieldContainer[float]
     top_tokens: _containers.RepeatedCompositeFieldContainer[TopTokens]
     prefill: PrefillLogprobs
-    def __init__(self, sequence_id: _Optional[int] = ..., first_output_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_tokens: _Optional[_Iterable[_Union[TopTokens, _Mapping]]] = ..., prefill: _Optional[_Union[PrefillLogprobs, _Mapping]] = ...) -> None: ...
+    embedding: bytes
+    def __init__(self, sequence_id: _Optional[int] = ..., first_output_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_tokens: _Optional[_Iterable[_Union[TopTokens, _Mapping]]] = ..., prefill: _Optional[_Union[PrefillLogprobs, _Mapping]] = ..., embedding: _Optional[bytes] = ...) -> None: ...
 
 class TopTokens(_message.Message):
     __slots__ = ("ids", "logprobs")

@@ -49,6 +49,16 @@ class TextGenerationStub(object):
                 request_serializer=text__generation__proto_dot_v1_dot_generate__pb2.WarmupRequest.SerializeToString,
                 response_deserializer=text__generation__proto_dot_v1_dot_generate__pb2.WarmupResponse.FromString,
                 _registered_method=True)
+        self.CompileGrammar = channel.unary_unary(
+                '/text_generation.v1.TextGeneration/CompileGrammar',
+                request_serializer=text__generation__proto_dot_v1_dot_generate__pb2.CompileGrammarRequest.SerializeToString,
+                response_deserializer=text__generation__proto_dot_v1_dot_generate__pb2.CompileGrammarResponse.FromString,
+                _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/text_generation.v1.TextGeneration/Embed',
+                request_serializer=text__generation__proto_dot_v1_dot_generate__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=text__generation__proto_dot_v1_dot_generate__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.ClearCache = channel.unary_unary(
                 '/text_generation.v1.TextGeneration/ClearCache',
                 request_serializer=text__generation__proto_dot_v1_dot_generate__pb2.ClearCacheRequest.SerializeToString,
@@ -90,6 +100,20 @@ class TextGenerationServicer(object):
 
     def Warmup(self, request, context):
         """Sizes the KV cache for the given limits. Called once, before the first step.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CompileGrammar(self, request, context):
+        """Compiles a grammar ahead of the sequence that is to obey it, beside the steps. INVALID_ARGUMENT where it cannot be.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Vectors of whole texts: what an encoder does, which knows no steps. UNIMPLEMENTED on shards that generate.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,6 +164,16 @@ def add_TextGenerationServicer_to_server(servicer, server):
                     servicer.Warmup,
                     request_deserializer=text__generation__proto_dot_v1_dot_generate__pb2.WarmupRequest.FromString,
                     response_serializer=text__generation__proto_dot_v1_dot_generate__pb2.WarmupResponse.SerializeToString,
+            ),
+            'CompileGrammar': grpc.unary_unary_rpc_method_handler(
+                    servicer.CompileGrammar,
+                    request_deserializer=text__generation__proto_dot_v1_dot_generate__pb2.CompileGrammarRequest.FromString,
+                    response_serializer=text__generation__proto_dot_v1_dot_generate__pb2.CompileGrammarResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=text__generation__proto_dot_v1_dot_generate__pb2.EmbedRequest.FromString,
+                    response_serializer=text__generation__proto_dot_v1_dot_generate__pb2.EmbedResponse.SerializeToString,
             ),
             'ClearCache': grpc.unary_unary_rpc_method_handler(
                     servicer.ClearCache,
@@ -243,6 +277,60 @@ class TextGeneration(object):
             '/text_generation.v1.TextGeneration/Warmup',
             text__generation__proto_dot_v1_dot_generate__pb2.WarmupRequest.SerializeToString,
             text__generation__proto_dot_v1_dot_generate__pb2.WarmupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompileGrammar(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/text_generation.v1.TextGeneration/CompileGrammar',
+            text__generation__proto_dot_v1_dot_generate__pb2.CompileGrammarRequest.SerializeToString,
+            text__generation__proto_dot_v1_dot_generate__pb2.CompileGrammarResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/text_generation.v1.TextGeneration/Embed',
+            text__generation__proto_dot_v1_dot_generate__pb2.EmbedRequest.SerializeToString,
+            text__generation__proto_dot_v1_dot_generate__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

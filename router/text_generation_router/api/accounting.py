@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from text_generation_router.api.disconnect import ClientGone
+from text_generation_router.embedding.embedder import Embedded
 from text_generation_router.errors import InternalError, RouterError
 from text_generation_router.generate_request import GenerateParameters
 from text_generation_router.metrics import Metrics
@@ -64,6 +65,23 @@ def record_success(
             "inference_time": duration_text(timings.inference_s),
             "time_per_token": duration_text(per_token_s),
             "seed": finished.seed,
+        }
+        logger.info("Success", extra={"span": span})
+
+
+def record_embedded(metrics: Metrics, embedded: Embedded, total_s: float) -> None:
+    """The same of vectors."""
+    metrics.request_duration.observe(total_s)
+    metrics.request_validation_duration.observe(embedded.validation_s)
+    metrics.request_inference_duration.observe(embedded.inference_s)
+    if logger.isEnabledFor(logging.INFO):
+        span = {
+            "name": "embed",
+            "inputs": len(embedded.vectors.raw),
+            "tokens": embedded.vectors.num_tokens,
+            "total_time": duration_text(total_s),
+            "validation_time": duration_text(embedded.validation_s),
+            "inference_time": duration_text(embedded.inference_s),
         }
         logger.info("Success", extra={"span": span})
 

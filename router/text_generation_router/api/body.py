@@ -50,7 +50,7 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
     except RecursionError:
         raise NotJson("recursion limit exceeded") from None
     if _is_too_deep(body):
-        raise NotJson(f"recursion limit exceeded: more than {MAX_DEPTH} levels")
+        raise WrongJson(f"recursion limit exceeded: more than {MAX_DEPTH} levels")
     return decoded
 
 

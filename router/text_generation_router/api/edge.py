@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,7 +13,7 @@ from text_generation_router.api.body import header
 from text_generation_router.api.disconnect import ClientGone
 from text_generation_router.api.reply import send_empty
 from text_generation_router.draining import Drain
-from text_generation_router.errors import ShuttingDown
+from text_generation_router.errors import ShuttingDown, Unauthorized
 
 Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -35,19 +35,22 @@ class Protected:
 
 
 class ApiKey:
-    """The key of ``--api-key``; without one everybody is let in."""
+    """The keys of ``--api-key``; without any everybody is let in."""
 
-    def __init__(self, key: str | None) -> None:
-        self._digest = None if key is None else hashlib.sha256(key.strip().encode()).digest()
+    def __init__(self, keys: Iterable[str] = ()) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     def admits(self, scope: Scope) -> bool:
-        """Whether the request carries the key: ``Authorization: Bearer <key>``, the key case-sensitive."""
-        if self._digest is None:
+        """Whether the request carries one of the keys: ``Authorization: Bearer <key>``, the key case-sensitive; or, as
+        Anthropic's clients send it, ``x-api-key: <key>``."""
+        if not self._digests:
             return True
         scheme, _, key = (header(scope, b"authorization") or b"").partition(b" ")
-        # Digests have one length: the time of the comparison says nothing of the key.
-        matches = hmac.compare_digest(hashlib.sha256(key.strip()).digest(), self._digest)
-        return matches and scheme.lower() == b"bearer"
+        if scheme.lower() != b"bearer":
+            key = header(scope, b"x-api-key") or b""
+        # Digests have one length, and all are compared: the time it takes says nothing of the keys.
+        given = hashlib.sha256(key.strip()).digest()
+        return any([hmac.compare_digest(given, digest) for digest in self._digests])
 
 
 class Endpoint:
@@ -63,8 +66,7 @@ class Endpoint:
         row = self._methods["GET" if method == "HEAD" else method]
         if isinstance(row, Protected):
             if not self._key.admits(scope):
-                await send_empty(send, 401)
-                return
+                raise Unauthorized
             if method == "POST":
                 if self._drain.begun:
                     raise ShuttingDown

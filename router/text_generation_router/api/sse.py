@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import TypeVar
 
 import msgspec
 from starlette.types import Scope, Send
 
 from text_generation_router.api.disconnect import ClientGone
+from text_generation_router.api.reply import Headers
 from text_generation_router.api.schemas import StreamDetails, StreamResponse, token_body
 from text_generation_router.errors import IncompleteGeneration, IncompleteGenerationStream, RouterError, error_body
-from text_generation_router.inference import Generation
 from text_generation_router.scheduling.requests import Event, Finished, PrefillEvent
 
 KEEP_ALIVE_S = 15.0
@@ -25,7 +26,7 @@ WRITE_STALL_S = 60.0
 
 KEEP_ALIVE = b":\n\n"
 
-Headers = Sequence[tuple[bytes, bytes]]
+Batch = TypeVar("Batch")
 
 _encode = msgspec.json.Encoder().encode
 
@@ -106,14 +107,18 @@ class EventStreamResponse:
                     return
 
 
-async def relay(generation: Generation, response: EventStreamResponse, *, prefix: str, details: bool) -> Relayed:
-    """Write the events of a generation as they come, all but the last batch of them.
+async def relay(
+    next_batch: Callable[[], Awaitable[Batch]],
+    to_frames: Callable[[Batch], tuple[bytes, bool]],
+    response: EventStreamResponse,
+) -> bytes:
+    """Write events as they come, all but the last batch of them; returns the frames of that.
 
-    ``prefix`` goes before the whole text in the last event, ``details`` asks for its details. The status line waits
-    for the first event, so a generation that fails at once raises before anything was sent.
+    ``to_frames`` says whether a batch was the last. The status line waits for the first one, so a generation that fails
+    at once raises before anything was sent.
     Raises: RouterError, ClientGone.
     """
-    first = asyncio.ensure_future(generation.next_events())
+    first = asyncio.ensure_future(next_batch())
     try:
         await asyncio.wait((first,), timeout=FIRST_EVENT_S)
         if not first.done():
@@ -122,46 +127,49 @@ async def relay(generation: Generation, response: EventStreamResponse, *, prefix
         elif first.exception() is None:
             await response.start()
         async with response.attended():
-            events = await first
+            batch = await first
             while True:
-                frames, finished = to_frames(events, prefix=prefix, details=details)
-                if finished is not None:
-                    return Relayed(frames, finished)
+                frames, ended = to_frames(batch)
+                if ended:
+                    return frames
                 if frames:
                     await response.write(frames)
-                events = await generation.next_events()
+                batch = await next_batch()
     except IncompleteGeneration:
         raise IncompleteGenerationStream from None
     finally:
         first.cancel()
 
 
-class Relayed(msgspec.Struct):
-    """What is left of a relayed generation: the frames to end with, and what the last event said."""
+class NativeFrames:
+    """Events -> frames of TGI's native streams, one for each token."""
 
-    last_frames: bytes
-    finished: Finished
+    def __init__(self, prefix: str = "", *, details: bool = False) -> None:
+        """``prefix`` goes before the whole text in the last event, ``details`` asks for its details."""
+        self.finished: Finished | None = None
+        """What the last event said."""
+        self._prefix = prefix
+        self._details = details
 
-
-def to_frames(events: Sequence[Event], *, prefix: str, details: bool) -> tuple[bytes, Finished | None]:
-    """One frame for each token, in one piece, and the end of the generation if it is among them."""
-    frames: list[bytes] = []
-    finished: Finished | None = None
-    for event in events:
-        if isinstance(event, PrefillEvent):
-            continue  # a stream never asks for it
-        response = StreamResponse(event.index, token_body(event.token))
-        if event.top_tokens:
-            response.top_tokens = [token_body(token) for token in event.top_tokens]
-        finished = event.finished
-        if finished is not None:
-            response.generated_text = prefix + finished.generated_text
-            if details:
-                response.details = StreamDetails(
-                    finish_reason=finished.finish_reason.value,
-                    generated_tokens=finished.generated_tokens,
-                    seed=finished.seed,
-                    input_length=finished.input_length,
-                )
-        frames.append(frame(response))
-    return b"".join(frames), finished
+    def __call__(self, events: Sequence[Event]) -> tuple[bytes, bool]:
+        """Their frames in one piece, and whether the end of the generation is among them."""
+        frames: list[bytes] = []
+        for event in events:
+            if isinstance(event, PrefillEvent):
+                continue  # a stream never asks for it
+            response = StreamResponse(event.index, token_body(event.token))
+            if event.top_tokens:
+                response.top_tokens = [token_body(token) for token in event.top_tokens]
+            finished = event.finished
+            if finished is not None:
+                self.finished = finished
+                response.generated_text = self._prefix + finished.generated_text
+                if self._details:
+                    response.details = StreamDetails(
+                        finish_reason=finished.finish_reason.value,
+                        generated_tokens=finished.generated_tokens,
+                        seed=finished.seed,
+                        input_length=finished.input_length,
+                    )
+            frames.append(frame(response))
+        return b"".join(frames), self.finished is not None

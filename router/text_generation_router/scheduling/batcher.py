@@ -211,6 +211,8 @@ class Batcher:
             answer.add_prefill(generation.prefill.first_position, generation.prefill.logprobs)
         if not generation.token_ids:
             return
+        if generation.embedding:
+            queued.embedding = generation.embedding
         if not queued.output_ids and answer.prefill_logprobs:
             queued.stream.put(answer.prefill_event())
         logprobs, tops = generation.logprobs, generation.top_tokens

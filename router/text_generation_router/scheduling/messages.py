@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from text_generation_proto.grammars import to_proto
 from text_generation_proto.v1 import generate_pb2 as pb
 
 from text_generation_router.scheduling.steps import RunningSequence, StepPlan
@@ -44,9 +45,15 @@ def _new_sequence(sequence: RunningSequence, *, prefill_logprobs: bool) -> pb.Ne
             do_sample=sampling.do_sample,
             seed=sampling.seed,
             choice_index=sampling.choice_index,
+            presence_penalty=sampling.presence_penalty,
+            count_penalty=sampling.count_penalty,
+            bias_ids=[token_id for token_id, _ in sampling.logit_bias],
+            biases=[bias for _, bias in sampling.logit_bias],
         ),
         top_n_tokens=request.top_n_tokens,
         # Once there is output, the prompt's logprobs have all been reported.
         prefill_logprobs=prefill_logprobs and request.decoder_input_details and not sequence.queued.output_ids,
         traceparent=request.traceparent,
+        grammar=None if request.grammar is None else to_proto(request.grammar),
+        embeds=request.embeds,
     )

@@ -7,6 +7,8 @@ import enum
 import time
 from dataclasses import dataclass, field
 
+from text_generation_proto.grammars import Grammar
+
 from text_generation_router.errors import RouterError
 
 
@@ -29,6 +31,12 @@ class Sampling:
     do_sample: bool = False
     seed: int = 0
     choice_index: int = 0
+    presence_penalty: float = 0.0
+    """Of a token that was generated."""
+    count_penalty: float = 0.0
+    """For each time a token was generated: OpenAI's frequency penalty."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Distinct token ids, and what is added to the logit of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +55,17 @@ class ValidRequest:
     decoder_input_details: bool = False
     """Report the prompt's tokens, with logprobs when the server was started with them."""
     traceparent: str = ""
+    grammar: Grammar | None = None
+    """What the output has to obey; it compiles."""
     cache_salt: bytes = b""
     """Only requests of one salt share computed prompts."""
+    embeds: bool = False
+    """Report the mean of the prompt's last hidden states with its one token."""
+
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """Whether something is wanted of every token of the prompt, which the prefix cache does not hold."""
+        return self.decoder_input_details or self.embeds
 
 
 @dataclass(slots=True)
@@ -184,6 +201,8 @@ class QueuedRequest:
     """When the first step that computes it was sent."""
     num_cached_tokens: int = 0
     """Prompt tokens that were taken from the prefix cache on the way to the first token."""
+    embedding: bytes = b""
+    """Float32, little endian, once there is a token; of a request that embeds."""
 
     @property
     def num_prompt_tokens(self) -> int:

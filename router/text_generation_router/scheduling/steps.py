@@ -224,7 +224,7 @@ class StepScheduler:
         self._cache_grew = False
         for sequence in list(self.running.values()):
             request = sequence.queued.request
-            if sequence.num_unsent == 0 or request.decoder_input_details:
+            if sequence.num_unsent == 0 or request.reads_whole_prompt:
                 continue
             lease = self.leases.retake(
                 sequence.lease, sequence.token_ids, salt=request.cache_salt, num_sent=sequence.num_sent
@@ -279,8 +279,7 @@ class StepScheduler:
         lease = self.leases.take(
             token_ids,
             salt=queued.request.cache_salt,
-            # Logits of the prompt, where they are wanted, are not in the cache.
-            reuse=not queued.request.decoder_input_details,
+            reuse=not queued.request.reads_whole_prompt,
             # Leave every running sequence its next block, else the newcomer is the next victim.
             spare=len(self.running),
         )

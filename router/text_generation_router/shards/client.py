@@ -47,6 +47,10 @@ class ShardClient:
         response: pb.WarmupResponse = await self._stub.Warmup(request, timeout=timeout_s)
         return response
 
+    async def compile_grammar(self, request: pb.CompileGrammarRequest, timeout_s: float) -> None:
+        """Raises: grpc.aio.AioRpcError."""
+        await self._stub.CompileGrammar(request, timeout=timeout_s)
+
     async def progress_age_s(self, timeout_s: float) -> float | None:
         """Seconds since the last sign of progress of the step that runs, 0 when none runs; None without an answer."""
         try:
@@ -54,6 +58,11 @@ class ShardClient:
         except grpc.aio.AioRpcError:
             return None
         return response.last_progress_ns / 1e9
+
+    async def embed(self, request: pb.EmbedRequest, timeout_s: float) -> bytes:
+        """Raises: grpc.aio.AioRpcError."""
+        response: pb.EmbedResponse = await self._stub.Embed(request, timeout=timeout_s)
+        return response.vectors
 
     async def epoch(self, timeout_s: float) -> int:
         """The epoch that the shard is in. Raises: grpc.aio.AioRpcError."""

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from text_generation_proto.v1 import generate_pb2 as pb
 
 from text_generation_router.config import WarmupLimits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingInfo:
+    """How texts become vectors; the fields are the contract's."""
+
+    dimensions: int
+    normalizes: bool = False
+    max_input_tokens: int = 0
+    """0: the longest prompt."""
+    lower_case: bool = False
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str = ""
+    shorter: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +39,10 @@ class ShardInfo:
     max_position_embeddings: int
     """Longest sequence the model's positions allow; 0 when unbounded."""
     prefill_logprobs: bool
+    is_encoder: bool
+    """It embeds, and generates nothing."""
+    embedding: EmbeddingInfo | None
+    """None: it makes no vectors of texts."""
 
 
 def shard_info(message: pb.InfoResponse) -> ShardInfo:
@@ -39,6 +57,20 @@ def shard_info(message: pb.InfoResponse) -> ShardInfo:
         vocab_size=message.vocab_size,
         max_position_embeddings=message.max_position_embeddings,
         prefill_logprobs=message.prefill_logprobs,
+        is_encoder=message.is_encoder,
+        embedding=_embedding_info(message.embedding) if message.HasField("embedding") else None,
+    )
+
+
+def _embedding_info(message: pb.EmbeddingInfo) -> EmbeddingInfo:
+    return EmbeddingInfo(
+        dimensions=message.dimensions,
+        normalizes=message.normalizes,
+        max_input_tokens=message.max_input_tokens,
+        lower_case=message.lower_case,
+        prompts=dict(message.prompts),
+        default_prompt=message.default_prompt,
+        shorter=frozenset(message.shorter),
     )
 
 
@@ -83,6 +115,7 @@ class Generation:
     top_tokens: Sequence[list[tuple[int, float]]]
     """Ids and logprobs, most likely first; one list for each id, or none at all."""
     prefill: PrefillLogprobs | None
+    embedding: bytes = b""
 
 
 @dataclass(slots=True)
@@ -141,4 +174,5 @@ def _generation(message: pb.Generation) -> Generation:
         message.logprobs,
         [list(zip(top.ids, top.logprobs, strict=True)) for top in message.top_tokens],
         prefill,
+        message.embedding,
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import grpc
 import grpc.aio
+from text_generation_proto.grammars import Grammar, GrammarError, to_proto
 from text_generation_proto.v1 import generate_pb2 as pb
 
 from text_generation_router.config import ConfigError, WarmupLimits
@@ -42,6 +44,10 @@ HANGS = "a shard hangs"
 
 class ShardUnreachable(Exception):
     """A shard does not answer; the text is gRPC's, for the log."""
+
+
+class EmbeddingFailed(Exception):
+    """A shard could not compute the vectors of a batch; the text is fit for clients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +113,34 @@ class ShardGroup:
         except grpc.aio.AioRpcError as error:
             raise ConfigError(f"Unable to warmup the Python model shards: {error.details()}") from error
         return min((kv_cache_size(response) for response in responses), key=lambda size: size.num_blocks)
+
+    async def compile_grammar(self, grammar: Grammar) -> None:
+        """Have the rank that samples compile a grammar, ahead of the sequences that are to obey it.
+
+        Raises: GrammarError, ShardUnreachable.
+        """
+        request = pb.CompileGrammarRequest(grammar=to_proto(grammar))
+        try:
+            await self._clients[0].compile_grammar(request, _UNARY_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+                raise GrammarError(error.details() or "") from error
+            raise ShardUnreachable(error.details() or str(error.code())) from error
+
+    async def embed(self, texts: Sequence[Sequence[int]]) -> bytes:
+        """Float32 [texts, dimensions], little endian, of an encoder.
+
+        Raises: ShardUnreachable, also for one that hangs; EmbeddingFailed.
+        """
+        lengths = [len(text) for text in texts]
+        request = pb.EmbedRequest(token_ids=chain.from_iterable(texts), lengths=lengths)
+        limit_s = STALL_LIMIT_S + STALL_LIMIT_PER_TOKEN_S * sum(lengths)
+        try:
+            return await self._clients[0].embed(request, limit_s)
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED):
+                raise EmbeddingFailed(error.details() or "") from error
+            raise ShardUnreachable(error.details() or str(error.code())) from error
 
     async def reset(self) -> None:
         """Begin a new epoch: shards drop all sequences, open streams are replaced.

@@ -6,10 +6,12 @@ from array import array
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+from text_generation_proto.grammars import Grammar
 from torch import Tensor
 
 from text_generation_server.engine.steps import NewSequence, Step
 from text_generation_server.errors import InvalidStep
+from text_generation_server.generation.guidance import Guide
 from text_generation_server.generation.parameters import SamplingParameters
 
 
@@ -23,6 +25,8 @@ class SequenceLimits:
     block_size: int
     num_blocks: int
     prefill_logprobs: bool
+    embeds: bool = False
+    """Whether the model hands out its hidden states."""
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +47,12 @@ class Sequence:
     sampling: SamplingParameters
     top_n_tokens: int
     prefill_logprobs: bool
+    grammar: Grammar | None = None
+    guide: Guide | None = field(default=None, repr=False)
+    """How far the output has come in the grammar; made when its first token is sampled."""
+    embeds: bool = False
+    states_sum: Tensor | None = field(default=None, repr=False)
+    """Of the last hidden states of the tokens computed so far, where it embeds; float32 [H] on the device."""
     num_pending: int = 0
     """Tokens sampled on the device that the host has not read yet; they follow ``token_ids``."""
     failed: bool = False
@@ -77,6 +87,10 @@ class Row:
     @property
     def wants_prompt_logprobs(self) -> bool:
         return self.sequence.prefill_logprobs and self.start < self.sequence.num_prompt_tokens
+
+    @property
+    def embeds(self) -> bool:
+        return self.sequence.embeds and self.start < self.sequence.num_prompt_tokens
 
     @property
     def samples(self) -> bool:
@@ -132,8 +146,13 @@ class Batch:
             raise InvalidStep(f"{name}: token ids must be in 0..{limits.vocab_size - 1}")
         if new.top_n_tokens > limits.vocab_size:
             raise InvalidStep(f"{name}: top_n_tokens {new.top_n_tokens} exceeds the vocabulary, {limits.vocab_size}")
+        if max(new.sampling.bias_ids, default=0) >= limits.vocab_size:
+            raise InvalidStep(f"{name}: biased token ids must be in 0..{limits.vocab_size - 1}")
         if new.prefill_logprobs and not limits.prefill_logprobs:
             raise InvalidStep(f"{name}: prefill logprobs are off on this server (--enable-prefill-logprobs)")
+        if new.embeds and (new.num_cached_tokens or not limits.embeds):
+            why = "some of its tokens are cached" if limits.embeds else "this model hands out no hidden states"
+            raise InvalidStep(f"{name} cannot embed: {why}")
         sequence = Sequence(
             sequence_id=new.sequence_id,
             token_ids=new.token_ids[:],
@@ -146,6 +165,8 @@ class Batch:
             sampling=new.sampling,
             top_n_tokens=new.top_n_tokens,
             prefill_logprobs=new.prefill_logprobs,
+            grammar=new.grammar,
+            embeds=new.embeds,
         )
         _add_blocks(sequence, new.blocks, limits)
         _check_room(sequence, new.num_cached_tokens, limits)

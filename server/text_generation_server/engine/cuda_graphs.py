@@ -117,6 +117,9 @@ class GraphedRunner:
                 return logits_LV
         return self.runner.forward(inputs)
 
+    def forward_with_states(self, inputs: ForwardInputs) -> tuple[Tensor, Tensor]:
+        return self.runner.forward_with_states(inputs)
+
     def _check(self, graph: DecodeGraph, max_tokens: int) -> None:
         """Compare a step of the graph with the same step without it. Raises: GraphDiffers."""
         if max_tokens < 2:

@@ -24,6 +24,7 @@ from text_generation_server.engine.largest_step import largest_step, run
 from text_generation_server.engine.memory import KVPlan, WarmupLimits
 from text_generation_server.engine.steps import Step, StepFailure, StepResult
 from text_generation_server.errors import InvalidStep, NotEnoughMemory, ShardError, StaleEpoch, is_out_of_memory
+from text_generation_server.generation.guidance import Guidance
 from text_generation_server.model.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ class Engine:
         run_ahead: bool | None = None,
         verify_plan: bool | None = None,
         compute: Executor | None = None,
+        guidance: Guidance | None = None,
     ) -> None:
         """``run_ahead``: launch a queued step before the results of the one before it are read; None: on CUDA.
 
@@ -108,6 +110,7 @@ class Engine:
         self._block_size = block_size
         self._prefill_logprobs = prefill_logprobs
         self._is_leader = is_leader
+        self._guidance = guidance
         self._broadcast = broadcast
         self._run_ahead = runner.info.device.type == "cuda" if run_ahead is None else run_ahead
         # Ranks may plan different numbers of blocks, and in steps of different shapes they would wait for each other.
@@ -341,6 +344,7 @@ class Engine:
             block_size=self._block_size,
             num_blocks=plan.num_blocks,
             prefill_logprobs=self._prefill_logprobs,
+            embeds=info.hidden_size > 0,
         )
         self._executor = StepExecutor(
             self._runner,
@@ -348,6 +352,7 @@ class Engine:
             is_leader=self._is_leader,
             broadcast=self._broadcast,
             on_progress=self.note_progress,
+            guidance=self._guidance,
         )
         if self._verify_plan:
             self._verify(self._executor, limits, sequence_limits)

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+from text_generation_proto.grammars import GrammarError
 from torch import Tensor
 
 from text_generation_server.engine.batch import Batch, Row, Sequence, SequenceLimits
 from text_generation_server.engine.inputs import build_inputs, split_passes
 from text_generation_server.engine.readback import Readback, Stopwatch
 from text_generation_server.engine.steps import Generation, PrefillLogprobs, Step, StepResult, Timings, TopTokens
+from text_generation_server.errors import InvalidStep
+from text_generation_server.generation.guidance import Guidance, GuidanceFailed
 from text_generation_server.generation.sampler import (
     Sampled,
     SamplingRow,
@@ -52,6 +55,11 @@ class Launched:
     """Sequence id -> sequence, first position, logprobs in parts."""
     prompt_readback: Readback | None = None
     """The logprobs of each of these."""
+    unguided: dict[int, str] = field(default_factory=dict)
+    """Sequence id -> why its grammar cannot say what comes next."""
+    embedded: list[Sequence] = field(default_factory=list)
+    embeddings: Readback | None = None
+    """The mean hidden states of each of these; float32 [E, H]."""
     timings: Timings = field(default_factory=Timings)
     forward: Stopwatch | None = None
     sampling: Stopwatch | None = None
@@ -70,6 +78,7 @@ class StepExecutor:
         is_leader: bool = True,
         broadcast: Broadcast | None = None,
         on_progress: Callable[[], None] = lambda: None,
+        guidance: Guidance | None = None,
     ) -> None:
         self.batch = Batch()
         self._runner = runner
@@ -78,6 +87,7 @@ class StepExecutor:
         self._is_leader = is_leader
         self._broadcast = broadcast
         self._on_progress = on_progress
+        self._guidance = guidance
         self._suspect_blocks: list[int] = []
         """Blocks that sequences have left behind with what may be not-a-number; the next launch clears them."""
         self._kernels = runner.info.has_cpu_kernels
@@ -91,6 +101,8 @@ class StepExecutor:
         """
         self._let_go(self.batch.drop(step.drops))
         for new in step.new_sequences:
+            if new.grammar is not None and self._is_leader and self._guidance is None:
+                raise InvalidStep(f"sequence {new.sequence_id}: this shard knows no grammars")
             self.batch.add(new, self._limits)
         rows = self.batch.rows(step, self._limits)
         launched = Launched(step, forward=Stopwatch(self._device), sampling=Stopwatch(self._device))
@@ -105,11 +117,15 @@ class StepExecutor:
                 self._suspect_blocks = []
             logits_SV, sampling_rows, input_ids_T = self._forward(rows, launched, previous)
             if sampling_rows:
+                if self._is_leader:
+                    sampling_rows = self._guided(sampling_rows, launched, previous)
                 self._choose(logits_SV, sampling_rows, input_ids_T, launched)
             if launched.prompt_logprobs:
                 launched.prompt_readback = Readback(
                     *(torch.cat(parts) for _, _, parts in launched.prompt_logprobs.values())
                 )
+            if launched.embedded:
+                launched.embeddings = Readback(_mean_states(launched.embedded))
         return launched
 
     def collect(self, launched: Launched) -> StepResult:
@@ -125,8 +141,11 @@ class StepExecutor:
                 if sequence.failed:
                     continue  # this step was launched before the failure of the one before it was known
                 sequence.num_pending -= 1
+                if sequence.sequence_id in launched.unguided:
+                    self._fail(sequence, result, launched.unguided[sequence.sequence_id])
+                    continue
                 if token_id < 0:
-                    self._fail(sequence, result)
+                    self._fail(sequence, result, NOT_FINITE)
                     continue
                 sequence.token_ids.append(token_id)
                 sequence.num_verified = sequence.num_prompt_tokens + output_index
@@ -144,6 +163,11 @@ class StepExecutor:
                 if not sequence.failed:
                     generation = generations.setdefault(sequence.sequence_id, Generation(sequence.sequence_id))
                     generation.prefill = PrefillLogprobs(first_position, prompt_logprobs.tolist())
+        if launched.embeddings is not None:
+            (vectors_EH,) = launched.embeddings.get()
+            for sequence, vector_H in zip(launched.embedded, vectors_EH, strict=True):
+                if sequence.sequence_id in generations:
+                    generations[sequence.sequence_id].embedding = vector_H.numpy().astype("<f4", copy=False).tobytes()
         if self._is_leader:
             result.generations = list(generations.values())
         if launched.forward is not None and launched.sampling is not None:
@@ -172,7 +196,11 @@ class StepExecutor:
             _fill_in_pending(inputs.input_ids_T, pass_rows, previous)
             first_ids_T = inputs.input_ids_T if first_ids_T is None else first_ids_T
             launched.forward.start()
-            logits_LV = self._runner.forward(inputs)
+            if any(row.embeds for row in pass_rows):
+                logits_LV, states_TH = self._runner.forward_with_states(inputs)
+                self._take_states(states_TH, pass_rows, launched)
+            else:
+                logits_LV = self._runner.forward(inputs)
             launched.forward.stop()
             self._on_progress()
             places: list[int] = []
@@ -192,6 +220,19 @@ class StepExecutor:
             picked.append(logits_LV)
         assert first_ids_T is not None
         return picked[0] if len(picked) == 1 else torch.cat(picked), sampling_rows, first_ids_T
+
+    def _take_states(self, states_TH: Tensor, rows: list[Row], launched: Launched) -> None:
+        """Add up the hidden states of prompts that embed."""
+        start = 0
+        for row in rows:
+            if row.embeds and self._is_leader:
+                sequence = row.sequence
+                size = min(row.end, sequence.num_prompt_tokens) - row.start
+                total_H = states_TH[start : start + size].sum(0, dtype=torch.float32)
+                sequence.states_sum = total_H if sequence.states_sum is None else sequence.states_sum + total_H
+                if row.samples:
+                    launched.embedded.append(sequence)
+            start += row.num_tokens
 
     def _choose(self, logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor, launched: Launched) -> None:
         assert launched.sampling is not None
@@ -232,11 +273,39 @@ class StepExecutor:
         entry = launched.prompt_logprobs.setdefault(sequence.sequence_id, (sequence, row.start, []))
         entry[2].append(known[:num_reported])
 
-    def _fail(self, sequence: Sequence, result: StepResult) -> None:
+    def _guided(self, rows: list[SamplingRow], launched: Launched, previous: Launched | None) -> list[SamplingRow]:
+        """The rows, with what the grammars of their sequences allow."""
+        return [
+            row if sequence.grammar is None else self._guided_row(row, sequence, launched, previous)
+            for row, (sequence, _) in zip(rows, launched.sampled, strict=True)
+        ]
+
+    def _guided_row(
+        self, row: SamplingRow, sequence: Sequence, launched: Launched, previous: Launched | None
+    ) -> SamplingRow:
+        assert self._guidance is not None and sequence.grammar is not None, "the engine sees to it"
+        outputs = sequence.token_ids[sequence.num_prompt_tokens :]
+        if sequence.num_pending:
+            # What the grammar allows depends on a token that is only on the device: here the host waits for it.
+            assert previous is not None and previous.ids_S is not None
+            sampled = [each is sequence for each, _ in previous.sampled].index(True)
+            outputs.append(int(previous.ids_S[sampled]))
+            if outputs[-1] < 0:
+                return row  # it has failed, which is known when that step is collected
+        try:
+            if sequence.guide is None:
+                sequence.guide = self._guidance.guide(sequence.grammar, outputs)
+            sequence.guide.advance(outputs[sequence.guide.num_tokens :])
+            return replace(row, allowed=sequence.guide.allowed())
+        except (GrammarError, GuidanceFailed) as error:
+            launched.unguided[sequence.sequence_id] = str(error)
+            return row
+
+    def _fail(self, sequence: Sequence, result: StepResult, message: str) -> None:
         """End one sequence."""
         if self.batch.fail(sequence):
             self._let_go([sequence])
-        result.sequence_failures[sequence.sequence_id] = NOT_FINITE
+        result.sequence_failures[sequence.sequence_id] = message
 
     def _let_go(self, sequences: Iterable[Sequence]) -> None:
         """Remember what to clear of sequences that have ended: a masked slot that holds NaN still poisons attention.
@@ -245,6 +314,14 @@ class StepExecutor:
         """
         for sequence in sequences:
             self._suspect_blocks += sequence.unverified_blocks(self._limits.block_size)
+
+
+def _mean_states(sequences: Iterable[Sequence]) -> Tensor:
+    means = []
+    for sequence in sequences:
+        assert sequence.states_sum is not None
+        means.append(sequence.states_sum / sequence.num_prompt_tokens)
+    return torch.stack(means)
 
 
 def _fill_in_pending(input_ids_T: Tensor, rows: list[Row], previous: Launched | None) -> None:
@@ -271,6 +348,7 @@ def _sampling_row(row: Row, token_index: int) -> SamplingRow:
         output_index=row.end - sequence.num_prompt_tokens,
         top_n_tokens=sequence.top_n_tokens,
         known_ids=sequence.token_ids if penalised else None,
+        num_prompt_tokens=sequence.num_prompt_tokens,
         pending_index=token_index if penalised and sequence.num_pending else None,
     )
 

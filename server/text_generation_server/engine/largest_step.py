@@ -21,6 +21,8 @@ EVERYTHING = SamplingParameters(
     typical_p=0.9,
     repetition_penalty=1.2,
     frequency_penalty=0.1,
+    presence_penalty=0.1,
+    count_penalty=0.1,
     do_sample=True,
     seed=1,
 )

@@ -6,6 +6,8 @@ from array import array
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
+from text_generation_proto.grammars import Grammar
+
 from text_generation_server.generation.parameters import SamplingParameters
 
 
@@ -20,6 +22,10 @@ class NewSequence:
     sampling: SamplingParameters
     top_n_tokens: int = 0
     prefill_logprobs: bool = False
+    grammar: Grammar | None = None
+    """What the output has to obey."""
+    embeds: bool = False
+    """Report the mean of the prompt's last hidden states."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +74,14 @@ class Generation:
     logprobs: list[float] = field(default_factory=list)
     top_tokens: list[TopTokens] = field(default_factory=list)
     prefill: PrefillLogprobs | None = None
+    embedding: bytes = b""
+    """Float32, little endian; of a sequence that embeds, with its first token."""
 
     @property
     def is_single(self) -> bool:
         """Whether there is one token, and nothing to report but its logprob."""
-        return len(self.token_ids) == len(self.logprobs) == 1 and not self.top_tokens and self.prefill is None
+        extra = self.top_tokens or self.prefill or self.embedding
+        return len(self.token_ids) == len(self.logprobs) == 1 and not extra
 
 
 @dataclass(slots=True)

@@ -1,4 +1,5 @@
-"""Logits -> logits, in TGI's order: repetition penalty, frequency penalty, temperature, top-k, top-p, typical-p.
+"""Logits -> logits, in TGI's order: repetition penalty, frequency penalty, OpenAI's penalties and biases, temperature,
+top-k, top-p, typical-p.
 
 Every function takes the rows that want it, several at once, and works in float32; sums of probabilities are float64,
 so that a row's result does not depend on the rows beside it. A row keeps at least one token, and ties are broken
@@ -56,6 +57,25 @@ def penalise_frequency(logits_PV: Tensor, history: History, penalties_P: Tensor)
     share_N = counts_N / history.lengths_P[history.rows_N]
     scores_N = logits_PV[history.rows_N, history.ids_N] - penalties_P[history.rows_N] * share_N
     logits_PV[history.rows_N, history.ids_N] = scores_N.clamp(-_HUGE, _HUGE)
+
+
+def penalise_output(logits_PV: Tensor, outputs: History, presence_P: Tensor, count_P: Tensor) -> None:
+    """Subtract presence once, and count for each time, from the tokens that a row has generated; in place.
+
+    Source: OpenAI's API reference, `presence_penalty` and `frequency_penalty`.
+    """
+    counts_PV = torch.zeros_like(logits_PV)
+    ones_N = torch.ones_like(outputs.ids_N, dtype=counts_PV.dtype)
+    counts_PV.index_put_((outputs.rows_N, outputs.ids_N), ones_N, accumulate=True)
+    counts_N = counts_PV[outputs.rows_N, outputs.ids_N]
+    scores_N = logits_PV[outputs.rows_N, outputs.ids_N]
+    scores_N = scores_N - presence_P[outputs.rows_N] - count_P[outputs.rows_N] * counts_N
+    logits_PV[outputs.rows_N, outputs.ids_N] = scores_N.clamp(-_HUGE, _HUGE)
+
+
+def add_biases(logits_SV: Tensor, rows_N: Tensor, ids_N: Tensor, biases_N: Tensor) -> None:
+    """Add to single logits, each named once; in place. What the model rules out (-inf) stays out."""
+    logits_SV[rows_N, ids_N] = (logits_SV[rows_N, ids_N] + biases_N).clamp(max=_HUGE)
 
 
 def divide_by_temperature(logits_SV: Tensor, temperatures_S: Tensor) -> None:

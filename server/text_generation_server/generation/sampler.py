@@ -10,19 +10,22 @@ Shape legend: S sampled rows, V vocabulary, N largest number of top tokens asked
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from text_generation_server.cpu_kernels.row_peaks import row_peaks, supports
+from text_generation_server.generation.guidance import Allowed
 from text_generation_server.generation.logits_processors import (
     History,
+    add_biases,
     divide_by_temperature,
     keep_likely,
     keep_likely_in_place,
     penalise_frequency,
+    penalise_output,
     penalise_repetition,
 )
 from text_generation_server.generation.parameters import SamplingParameters
@@ -47,13 +50,22 @@ class SamplingRow:
     top_n_tokens: int = 0
     known_ids: array[int] | None = None
     """Prompt and output for the penalties; None without any. Without its last id when that is only on the device."""
+    num_prompt_tokens: int = 0
+    """Leading ``known_ids`` that were not generated."""
+    allowed: Allowed | None = None
+    """bool [V]; what a grammar lets through. None: everything."""
     pending_index: int | None = None
     """Where in the step's input ids the last token of the history is, when ``known_ids`` lacks it."""
 
     @property
     def is_processed(self) -> bool:
         """Whether more is wanted of its logits than the largest and their sum of exponentials."""
-        return self.parameters.do_sample or self.top_n_tokens > 0 or not self.parameters.is_neutral
+        return self.parameters.do_sample or self.top_n_tokens > 0 or not self.is_neutral
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether the logits reach the choice as the model gave them."""
+        return self.allowed is None and self.parameters.is_neutral
 
 
 @dataclass(slots=True)
@@ -170,13 +182,15 @@ def _first_above(ends_SX: Tensor, targets_S1: Tensor) -> Tensor:
 def _process(logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor | None) -> Tensor:
     """Run the logits processors on the rows that want them, in place; returns which rows were finite, bool [S]."""
     device = logits_SV.device
-    if all(row.parameters.is_neutral for row in rows):
+    if all(row.is_neutral for row in rows):
         return torch.ones(len(rows), dtype=torch.bool, device=device)
     # Filters would hide a NaN, so look before, and let a neutral row take the place of a broken one.
     finite_S = torch.isfinite(logits_SV.amax(-1))
     if device.type != "cpu" or not bool(finite_S.all()):  # a look is free on a CPU and a stall elsewhere
         logits_SV.masked_fill_(~finite_S.unsqueeze(-1), 0.0)
     _penalise(logits_SV, rows, input_ids_T)
+    _add_biases(logits_SV, rows)
+    _rule_out(logits_SV, rows)
     if any(row.parameters.temperature != 1.0 for row in rows):
         temperatures = [row.parameters.temperature for row in rows]
         divide_by_temperature(logits_SV, to_device(temperatures, torch.float32, device))
@@ -202,37 +216,73 @@ def _penalise(logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor | 
     if not penalised:
         return
     device = logits_SV.device
-    wanted = [rows[index] for index in penalised]
-    history = _history(wanted, input_ids_T, device)
-    # Rows by their place in the whole batch, so that only touched logits are read and written.
-    penalised_P = to_device(penalised, torch.int64, device)
-    history = replace(history, rows_N=penalised_P[history.rows_N])
-    lengths_S = torch.ones(len(rows), device=device)
-    lengths_S[penalised_P] = history.lengths_P
-    history = replace(history, lengths_P=lengths_S)
+    history = _history(rows, penalised, input_ids_T, device, outputs_only=False)
     repetition = [row.parameters.repetition_penalty for row in rows]
     if any(penalty != 1.0 for penalty in repetition):
         penalise_repetition(logits_SV, history, to_device(repetition, torch.float32, device))
     frequency = [row.parameters.frequency_penalty for row in rows]
     if any(penalty != 0.0 for penalty in frequency):
         penalise_frequency(logits_SV, history, to_device(frequency, torch.float32, device))
+    on_output = [index for index in penalised if rows[index].parameters.has_output_penalty]
+    if on_output:
+        outputs = _history(rows, on_output, input_ids_T, device, outputs_only=True)
+        presence = to_device([row.parameters.presence_penalty for row in rows], torch.float32, device)
+        count = to_device([row.parameters.count_penalty for row in rows], torch.float32, device)
+        penalise_output(logits_SV, outputs, presence, count)
 
 
-def _history(rows: list[SamplingRow], input_ids_T: Tensor | None, device: torch.device) -> History:
-    """The histories of rows that all have one; row indices count from 0 in ``rows``."""
-    known = [np.array(row.known_ids, dtype=np.int64) for row in rows]
+def _add_biases(logits_SV: Tensor, rows: list[SamplingRow]) -> None:
+    biased = [
+        (index, token_id, bias)
+        for index, row in enumerate(rows)
+        for token_id, bias in zip(row.parameters.bias_ids, row.parameters.biases, strict=True)
+    ]
+    if biased:
+        owners, ids, biases = zip(*biased, strict=True)
+        device = logits_SV.device
+        add_biases(
+            logits_SV,
+            to_device(owners, torch.int64, device),
+            to_device(ids, torch.int64, device),
+            to_device(biases, torch.float32, device),
+        )
+
+
+def _rule_out(logits_SV: Tensor, rows: list[SamplingRow]) -> None:
+    """Leave guided rows what their grammars allow, ahead of the filters: these choose among what is allowed."""
+    for index, row in enumerate(rows):
+        if row.allowed is not None:
+            forbidden_V = to_device(~row.allowed, torch.bool, logits_SV.device)
+            logits_SV[index].masked_fill_(forbidden_V, -torch.inf)
+
+
+def _history(
+    rows: list[SamplingRow],
+    which: list[int],
+    input_ids_T: Tensor | None,
+    device: torch.device,
+    *,
+    outputs_only: bool,
+) -> History:
+    """The histories of some ``rows``, which all have one, by their places among all: only touched logits are read and
+    written then. ``outputs_only``: without the prompts."""
+    wanted = [rows[index] for index in which]
+    known = [np.array(row.known_ids, dtype=np.int64)[row.num_prompt_tokens * outputs_only :] for row in wanted]
     known_lengths = np.array([ids.shape[0] for ids in known])
-    pending = [(index, row.pending_index) for index, row in enumerate(rows) if row.pending_index is not None]
-    owners_N = to_device(np.repeat(np.arange(len(rows)), known_lengths), torch.int64, device)
+    pending = [
+        (index, row.pending_index) for index, row in zip(which, wanted, strict=True) if row.pending_index is not None
+    ]
+    owners_N = to_device(np.repeat(np.array(which), known_lengths), torch.int64, device)
     ids_N = to_device(np.concatenate(known), torch.int64, device)
-    lengths = known_lengths.astype(np.float32)
+    lengths_S = np.ones(len(rows), dtype=np.float32)
+    lengths_S[which] = known_lengths
     if pending:
         assert input_ids_T is not None
         owners, places = zip(*pending, strict=True)
         owners_N = torch.cat([owners_N, to_device(owners, torch.int64, device)])
         ids_N = torch.cat([ids_N, input_ids_T[to_device(places, torch.int64, device)]])
-        lengths[list(owners)] += 1
-    return History(owners_N, ids_N, to_device(lengths, torch.float32, device))
+        lengths_S[list(owners)] += 1
+    return History(owners_N, ids_N, to_device(lengths_S, torch.float32, device))
 
 
 def _uniforms(rows: list[SamplingRow]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

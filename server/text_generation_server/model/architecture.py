@@ -35,9 +35,7 @@ def read_architecture(config: ShardConfig, folder: Path) -> Architecture:
     """Raises: ConfigError, one line, if the model cannot be served as asked whatever its weights are."""
     import transformers
 
-    raw = checkpoint.read_json(folder / "config.json")
-    model_type = str(raw.get("model_type", "(none)"))
-    model_config = _model_config(config, folder, raw, model_type)
+    raw, model_type, model_config = read_config(config, folder)
     text_config = model_config.get_text_config(decoder=True)
     if text_config is not model_config and not config.trust_remote_code:
         raise refused(model_type, "it is multimodal; only text models are served")
@@ -65,10 +63,17 @@ def refused(model_type: str, reason: str) -> ConfigError:
     return ConfigError(f"model type `{model_type}` cannot be served: {reason}")
 
 
-def _model_config(config: ShardConfig, folder: Path, raw: dict[str, Any], model_type: str) -> Any:
-    """The library's configuration object, from data alone unless the user trusts the repository's code."""
+def read_config(config: ShardConfig, folder: Path) -> tuple[dict[str, Any], str, Any]:
+    """config.json, its model type, and the library's configuration object, from data alone unless the user trusts the
+    repository's code. Raises: ConfigError."""
     import transformers
 
+    raw = checkpoint.read_json(folder / "config.json")
+    model_type = str(raw.get("model_type", "(none)"))
+    return raw, model_type, _model_config(transformers, config, folder, raw, model_type)
+
+
+def _model_config(transformers: Any, config: ShardConfig, folder: Path, raw: dict[str, Any], model_type: str) -> Any:
     if raw.get("quantization_config"):
         raise refused(model_type, "its checkpoint is quantized in a way that is not supported")
     if config.trust_remote_code and "auto_map" in raw:

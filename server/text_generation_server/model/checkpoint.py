@@ -33,13 +33,25 @@ class NoWeights(ConfigError):
 
 def read_json(path: Path) -> dict[str, Any]:
     """Raises: ConfigError if the file is not a JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path.name} of the model cannot be read: {error}") from error
+    content = _parsed(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path.name} of the model is not a JSON object")
     return content
+
+
+def read_json_objects(path: Path) -> list[dict[str, Any]]:
+    """Raises: ConfigError if the file is not a list of JSON objects."""
+    content = _parsed(path)
+    if not isinstance(content, list) or not all(isinstance(each, dict) for each in content):
+        raise ConfigError(f"{path.name} of the model is not a list of JSON objects")
+    return content
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path.name} of the model cannot be read: {error}") from error
 
 
 def strip_code(content: Any) -> Any:

@@ -26,7 +26,7 @@ from text_generation_server.model.dtypes import has_products, resolve_dtype, res
 from text_generation_server.model.runner import ModelInfo
 from text_generation_server.model.swaps import linears
 from text_generation_server.model.swaps import table as swaps
-from text_generation_server.model.transformers_runner import TransformersRunner
+from text_generation_server.model.transformers_runner import TransformersRunner, base_model
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def _load(folder: Path, architecture: Architecture, dtype: torch.dtype, group: G
     if trusted:
         options["trust_remote_code"] = True
     files = checkpoint.weight_files(folder)
-    with _only_weights(folder, files) as clean_folder, _reported(progress), splitting as distributed_config:
+    with only_weights(folder, files) as clean_folder, reported(progress), splitting as distributed_config:
         if distributed_config is not None:
             options["distributed_config"] = distributed_config
         try:
@@ -152,6 +152,7 @@ def _prepare(
         max_position_embeddings=architecture.positions,
         window_size=min((layer.window or layer.chunk for layer in layers if layer.window or layer.chunk), default=0),
         kv_bytes_per_token=bytes_per_token(layers, kv_dtype or dtype),
+        hidden_size=0 if base_model(model) is model else int(text_config.hidden_size),
     )
     runner = TransformersRunner(
         model,
@@ -188,7 +189,7 @@ def _prepare(
 
 
 @contextlib.contextmanager
-def _only_weights(folder: Path, files: list[Path]) -> Iterator[Path]:
+def only_weights(folder: Path, files: list[Path]) -> Iterator[Path]:
     """A folder that shows the library nothing but the weights: no code, no adapters, no other configuration."""
     with tempfile.TemporaryDirectory(prefix="text-generation-weights-") as name:
         for path in (*files, folder / "model.safetensors.index.json"):
@@ -199,7 +200,7 @@ def _only_weights(folder: Path, files: list[Path]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _reported(progress: Progress) -> Iterator[None]:
+def reported(progress: Progress) -> Iterator[None]:
     """Send the library's progress bars to ``progress`` while it loads."""
     from transformers.utils import logging as library_logging
 

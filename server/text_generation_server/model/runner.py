@@ -29,6 +29,8 @@ class ModelInfo:
     """Smallest sliding window of any layer; 0 when there is none."""
     kv_bytes_per_token: int
     """On this rank, all layers, keys and values."""
+    hidden_size: int = 0
+    """Of the last hidden states; 0 where the runner cannot hand them out."""
 
     @property
     def has_cpu_kernels(self) -> bool:
@@ -61,3 +63,6 @@ class ModelRunner(Protocol):
         Returns: logits [L, V] for the rows named by ``inputs.logits_indices_L``, in the dtype in which they were
         computed; the same on every rank. Who asked may overwrite them.
         """
+
+    def forward_with_states(self, inputs: ForwardInputs) -> tuple[Tensor, Tensor]:
+        """The same, and the last hidden states [T, H] of all tokens, which the logits are made from."""

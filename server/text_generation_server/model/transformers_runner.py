@@ -104,6 +104,11 @@ def _options(arguments: dict[str, Any], query_HTD: Tensor) -> dict[str, Any]:
     }
 
 
+def base_model(model: Any) -> Any:
+    """The part of a model that its output layer stands on; the model itself where there is no such part."""
+    return getattr(model, "base_model", model)
+
+
 class TransformersRunner:
     """Implements ``model/runner.py``'s ModelRunner."""
 
@@ -165,6 +170,19 @@ class TransformersRunner:
         with nullcontext() if self._page_touch is None else self._page_touch.step(int(inputs.slots_T.max())):
             plan = self.backend.prepare(inputs)
             return self.compute(inputs.input_ids_T, inputs.position_ids_T, inputs.logits_indices_L, plan)
+
+    def forward_with_states(self, inputs: ForwardInputs) -> tuple[Tensor, Tensor]:
+        states: list[Tensor] = []
+
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            states.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+
+        hook = base_model(self.model).register_forward_hook(note)
+        try:
+            logits_LV = self.forward(inputs)
+        finally:
+            hook.remove()
+        return logits_LV, states[0][0]
 
     @torch.inference_mode()
     def compute(self, ids_T: Tensor, positions_T: Tensor, logits_indices_L: Tensor, plan: Any) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 
+from text_generation_proto import grammars
 from text_generation_proto.v1 import generate_pb2 as pb
 
 from text_generation_server.engine import steps
@@ -101,6 +102,8 @@ def _new_sequence(message: pb.NewSequence) -> steps.NewSequence:
         sampling=sampling,
         top_n_tokens=message.top_n_tokens,
         prefill_logprobs=message.prefill_logprobs,
+        grammar=grammars.from_proto(message.grammar) if message.HasField("grammar") else None,
+        embeds=message.embeds,
     )
 
 
@@ -115,6 +118,10 @@ def _sampling(message: pb.SamplingParameters) -> SamplingParameters:
         do_sample=message.do_sample,
         seed=message.seed,
         choice_index=message.choice_index,
+        presence_penalty=message.presence_penalty,
+        count_penalty=message.count_penalty,
+        bias_ids=tuple(message.bias_ids),
+        biases=tuple(message.biases),
     )
 
 
@@ -129,4 +136,5 @@ def _generation(generation: steps.Generation) -> pb.Generation:
         prefill=None
         if prefill is None
         else pb.PrefillLogprobs(first_position=prefill.first_position, logprobs=prefill.logprobs),
+        embedding=generation.embedding,
     )

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
+from text_generation_proto import grammars
+from text_generation_proto.grammars import GrammarError
 from text_generation_proto.v1 import generate_pb2 as pb
 from text_generation_proto.v1 import generate_pb2_grpc as pb_grpc
 
@@ -19,6 +21,7 @@ from text_generation_server.engine.engine import Engine
 from text_generation_server.engine.memory import DoesNotFit
 from text_generation_server.engine.steps import Step, StepResult
 from text_generation_server.errors import InvalidStep, ShardError
+from text_generation_server.generation.guidance import Guidance
 from text_generation_server.rpc import convert
 
 logger = logging.getLogger(__name__)
@@ -33,8 +36,10 @@ MAX_OUTSTANDING_STEPS = 2
 class TextGenerationService(pb_grpc.TextGenerationServicer):
     """Serves one engine. All methods run on the event loop, which no step ever blocks."""
 
-    def __init__(self, engine: Engine, info: pb.InfoResponse) -> None:
+    def __init__(self, engine: Engine, info: pb.InfoResponse, guidance: Guidance | None = None) -> None:
+        """``guidance``: the engine's, if it has one."""
         self._engine = engine
+        self._guidance = guidance
         self._info = info
         self._started_ns = time.time_ns()
 
@@ -57,6 +62,15 @@ class TextGenerationService(pb_grpc.TextGenerationServicer):
         limits = convert.warmup_limits_from_proto(request)
         plan = await _answer(self._engine.warm_up(limits), context)
         return pb.WarmupResponse(num_blocks=plan.num_blocks, derivation=plan.derivation)
+
+    async def CompileGrammar(self, request: pb.CompileGrammarRequest, context: Context) -> pb.CompileGrammarResponse:
+        if self._guidance is None:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this shard knows no grammars")
+        try:
+            await asyncio.to_thread(self._guidance.compile, grammars.from_proto(request.grammar))
+        except GrammarError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        return pb.CompileGrammarResponse()
 
     async def ClearCache(self, request: pb.ClearCacheRequest, context: Context) -> pb.ClearCacheResponse:
         await _answer(self._engine.clear(request.epoch), context)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted import finished
 from text_generation_router.api.schemas import as_f32
-from text_generation_router.api.sse import to_frames
+from text_generation_router.api.sse import NativeFrames
 from text_generation_router.scheduling.requests import Token, TokenEvent
 
 tokens = st.builds(
@@ -29,8 +29,8 @@ def test_every_token_is_one_line_that_says_the_same(
     events = [TokenEvent(i, token, top) for i, (token, top) in enumerate(given_tokens, 1)]
     if ends:
         events[-1].finished = finished("text", len(events), queued(2))
-    frames, end = to_frames(events, prefix="> ", details=details)
-    assert (end is not None) == ends
+    frames, ended = NativeFrames("> ", details=details)(events)
+    assert ended == ends
     parts = frames.decode().split("\n\n")
     assert parts.pop() == ""
     assert len(parts) == len(events)

@@ -9,16 +9,13 @@ from collections.abc import Iterator
 import paged_attention
 import pytest
 import torch
+from kernels_here import needs_kernels
 from text_generation_server.attention import llvm_paged
 from text_generation_server.attention.interface import LayerSpec, Unsupported
 from text_generation_server.attention.llvm_paged import LlvmPaged
 from text_generation_server.cpu_kernels import compiler
 from text_generation_server.cpu_kernels.decode_attention import DecodeAttention
 from text_generation_server.cpu_kernels.prefill_attention import PrefillAttention
-
-needs_kernels = pytest.mark.skipif(
-    compiler.reason_unavailable() is not None, reason=f"no kernels here: {compiler.reason_unavailable()}"
-)
 
 BLOCK_SIZE = 16
 PLAIN = LayerSpec(query_heads=4, kv_heads=2, key_dim=16, value_dim=16)

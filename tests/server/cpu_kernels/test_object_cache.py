@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernels_here import needs_kernels
 from text_generation_server.cpu_kernels import compiler, object_cache
 from text_generation_server.cpu_kernels.compiler import Kernel
 
-needs_kernels = pytest.mark.skipif(
-    compiler.reason_unavailable() is not None, reason=f"no kernels here: {compiler.reason_unavailable()}"
-)
 KEY = object_cache.key_of("a", "b")
 CODE = bytes(range(256))
 

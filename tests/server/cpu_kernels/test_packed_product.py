@@ -8,6 +8,7 @@ import pytest
 import soft_tiles
 import torch
 import torch.nn.functional as F
+from kernels_here import REASON, needs_kernels
 from llvmlite import ir
 from text_generation_server.cpu_kernels import compiler, packed_product, panels, tiled_product, tiles, vector_product
 from text_generation_server.cpu_kernels.compiler import Kernel, Sequence
@@ -23,8 +24,6 @@ from text_generation_server.cpu_kernels.panels import (
 from text_generation_server.cpu_kernels.vector_product import NARROW, WIDE
 from torch import Tensor
 
-REASON = compiler.reason_unavailable()
-needs_kernels = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 needs_tiles = pytest.mark.skipif(
     REASON is not None or not tiles.are_available(), reason=REASON or "the processor has no AMX for bfloat16"
 )

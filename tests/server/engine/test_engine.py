@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import math
+import struct
 import threading
 import time
 from array import array
@@ -112,6 +113,27 @@ def test_prompt_logprobs_are_right_across_chunks(
     assert driver.outputs[1] == oracle_tokens(token_ids, 1)
     assert driver.outputs[2] == oracle_tokens(prompt(2, 4), 1 + len(chunks))
     assert max(len(inputs.logits_indices_L) for inputs in driver.runner.forwards) <= 5
+
+
+def test_the_mean_of_the_hidden_states_is_right_across_chunks_and_beside_others(driver: Driver) -> None:
+    """The fake runner's state of a token is its id and its position."""
+    long, short, other = prompt(1, 11), prompt(2, 3), prompt(3, 5)
+    added = [new(1, long, embeds=True), new(2, short, embeds=True), new(3, other)]
+    futures = [
+        driver.submit(add=added, chunks=[(1, 4), (2, 3), (3, 5)]),
+        driver.submit(chunks=[(1, 7)], decodes=[3]),
+    ]
+    first, second = ({each.sequence_id: each.embedding for each in driver.read(f).generations} for f in futures)
+    assert struct.unpack("<2f", first[2]) == pytest.approx((sum(short) / 3, 1.0))
+    assert struct.unpack("<2f", second[1]) == pytest.approx((sum(long) / 11, 5.0))
+    assert (first[3], second[3]) == (b"", b"")
+    assert driver.outputs[1] == oracle_tokens(long, 1)
+
+
+def test_what_is_cached_cannot_be_embedded(driver: Driver) -> None:
+    result = driver.submit(add=[new(1, prompt(1, 8), num_cached_tokens=4, embeds=True)]).result(10)
+    assert result.failure is not None
+    assert "some of its tokens are cached" in result.failure.message
 
 
 def test_a_long_prompt_with_a_resumed_tail_reports_prompt_positions_only(driver: Driver) -> None:

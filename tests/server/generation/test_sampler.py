@@ -28,6 +28,7 @@ KINDS = [
         do_sample=True, temperature=0.8, top_k=40, top_p=0.9, typical_p=0.9, repetition_penalty=1.1,
         frequency_penalty=0.2,
     ),
+    SamplingParameters(do_sample=True, presence_penalty=0.9, count_penalty=0.3, bias_ids=(5, 2), biases=(1.5, -100.0)),
 ]  # fmt: skip
 
 
@@ -58,7 +59,9 @@ def test_greedy_takes_the_lowest_of_equal_best_ids_and_its_logprob() -> None:
 @pytest.mark.parametrize("vocab", [300, 304], ids=["by torch", "by a kernel"])
 def test_a_row_gets_the_same_token_alone_and_among_32(vocab: int) -> None:
     rows = [
-        SamplingRow(with_seed(KINDS[index % len(KINDS)], 1000 + index), index, 2, array("q", [index, 5, 5, 9]))
+        SamplingRow(
+            with_seed(KINDS[index % len(KINDS)], 1000 + index), index, 2, array("q", [index, 5, 5, 9]), index % 3
+        )
         for index in range(32)
     ]
     logits = random_logits(32, vocab)
@@ -116,19 +119,21 @@ def test_a_row_that_is_not_finite_fails_alone(parameters: SamplingParameters, vo
 
 
 def test_a_token_that_the_model_rules_out_is_no_failure() -> None:
-    logits = torch.tensor([[1.0, -math.inf, 0.0]])
+    logits = torch.tensor([[1.0, -math.inf, 0.0, -9.0, -9.0, -9.0]])
     for parameters in KINDS:
         rows = [SamplingRow(parameters, 0, known_ids=array("q", [0, 1]))]
-        assert sample(logits.clone(), rows).ids_S.item() in (0, 2)
+        assert sample(logits.clone(), rows).ids_S.item() != 1
 
 
 def test_the_penalties_see_a_token_that_only_the_device_knows() -> None:
-    parameters = SamplingParameters(repetition_penalty=1.5, frequency_penalty=0.5)
+    parameters = SamplingParameters(
+        repetition_penalty=1.5, frequency_penalty=0.5, presence_penalty=0.7, count_penalty=0.2
+    )
     logits = random_logits(1, 50)
-    known = sample(logits.clone(), [SamplingRow(parameters, 3, 5, array("q", [4, 9, 9, 30]))])
+    known = sample(logits.clone(), [SamplingRow(parameters, 3, 5, array("q", [4, 9, 9, 30]), 2)])
     pending = sample(
         logits.clone(),
-        [SamplingRow(parameters, 3, 5, array("q", [4, 9, 9]), pending_index=1)],
+        [SamplingRow(parameters, 3, 5, array("q", [4, 9, 9]), 2, pending_index=1)],
         input_ids_T=torch.tensor([8, 30, 2]),
     )
     assert top_tokens(known) == top_tokens(pending)
@@ -186,11 +191,16 @@ def test_inverse_cdf_finds_what_a_running_sum_finds(weights: list[float], u: flo
         ({"typical_p": math.nan}, "typical_p"),
         ({"repetition_penalty": -1.0}, "repetition_penalty"),
         ({"frequency_penalty": math.inf}, "frequency_penalty"),
+        ({"presence_penalty": math.nan}, "presence_penalty"),
+        ({"count_penalty": -math.inf}, "count_penalty"),
+        ({"bias_ids": (1, 1), "biases": (0.5, 0.5)}, "bias_ids"),
+        ({"bias_ids": (1, 2), "biases": (0.5,)}, "bias_ids"),
+        ({"bias_ids": (1,), "biases": (math.nan,)}, "biases"),
     ],
 )
-def test_parameters_without_a_meaning_are_refused(values: dict[str, float], named: str) -> None:
+def test_parameters_without_a_meaning_are_refused(values: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        SamplingParameters(**values)  # type: ignore[arg-type]
+        SamplingParameters(**values)
 
 
 def test_a_chosen_token_has_the_logprob_it_has_among_the_top_tokens() -> None:
@@ -229,3 +239,23 @@ def test_nothing_waits_for_a_gpu(
     sampled = sample(logits, rows, ids)
     assert sampled.ids_S.device == sampled.logprobs_S.device == meta
     assert (sampled.top is None) == (top_n_tokens == 0)
+
+
+def test_openai_penalties_see_what_was_generated_and_not_the_prompt() -> None:
+    logits = torch.tensor([[1.0, 1.1, 1.2, 1.3]])
+    parameters = SamplingParameters(presence_penalty=0.25, count_penalty=0.5)
+    row = SamplingRow(parameters, 4, 4, array("q", [3, 3, 2, 1, 1]), num_prompt_tokens=2)
+    ids, logprobs = top_tokens(sample(logits.clone(), [row]))
+    expected = torch.log_softmax(torch.tensor([1.0, 1.1 - 0.25 - 2 * 0.5, 1.2 - 0.25 - 0.5, 1.3]), -1)
+    assert ids == [3, 0, 2, 1]
+    assert logprobs == pytest.approx(expected[ids].tolist(), abs=1e-6)
+
+
+def test_a_bias_makes_a_token_likely_or_rules_it_out() -> None:
+    logits = random_logits(2)
+    best = int(logits[0].argmax())
+    rows = [
+        SamplingRow(SamplingParameters(bias_ids=(best, 7), biases=(-100.0, 100.0)), 0),
+        SamplingRow(GREEDY, 0),
+    ]
+    assert sample(logits.clone(), rows).ids_S.tolist() == [7, int(logits[1].argmax())]

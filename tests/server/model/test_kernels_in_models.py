@@ -12,9 +12,9 @@ import paged_driver
 import pytest
 import tiny_models
 import torch
+from kernels_here import needs_kernels
 from text_generation_server.attention.llvm_paged import LlvmPaged
 from text_generation_server.config import Dtype, ShardConfig
-from text_generation_server.cpu_kernels import compiler
 from text_generation_server.model.loader import load_model
 from text_generation_server.model.swaps import layers, mlp, norms
 from text_generation_server.model.swaps.attention import FusedAttention
@@ -25,9 +25,6 @@ from torch import nn
 MakeModel = Callable[..., Path]
 
 WIDE_HEADS = {"head_dim": 32}
-needs_kernels = pytest.mark.skipif(
-    compiler.reason_unavailable() is not None, reason=compiler.reason_unavailable() or ""
-)
 needs_interpreter = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
     reason="Triton's interpreter is off",

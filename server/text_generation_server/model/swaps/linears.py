@@ -70,6 +70,11 @@ class PackedLinear(FusingLinear):
         out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "swish", [], "")
         return out
 
+    def gelu(self, x: Tensor) -> Tensor:
+        """``gelu(self(x))``, the exact one."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "gelu", [], "none")
+        return out
+
     def plus(self, x: Tensor, addend: Tensor) -> Tensor:
         return self._and(x, addend, "add")
 

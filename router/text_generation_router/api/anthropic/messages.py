@@ -1,0 +1,243 @@
+"""``/v1/messages`` and ``/v1/messages/count_tokens``."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from text_generation_router.api.accounting import counted, record_success
+from text_generation_router.api.anthropic.schemas import (
+    BlockOut,
+    EndEvent,
+    InputDelta,
+    MessageOut,
+    MessagesBody,
+    MessageUsage,
+    StopDelta,
+    StreamEvent,
+    TextDelta,
+    TextOut,
+    ThinkingDelta,
+    ThinkingOut,
+    TokenCount,
+    ToolUseOut,
+)
+from text_generation_router.api.anthropic.translate import chat_of
+from text_generation_router.api.body import read_json
+from text_generation_router.api.caller import caller_of
+from text_generation_router.api.disconnect import until_disconnect
+from text_generation_router.api.openai.answers import Answers, Totals
+from text_generation_router.api.openai.chat import Chat, ChatRoutes
+from text_generation_router.api.openai.chat_text import ChatText
+from text_generation_router.api.openai.choices import Choices
+from text_generation_router.api.reply import JSON, send_body
+from text_generation_router.api.sse import EventStreamResponse, relay
+from text_generation_router.chat.output import CallArguments, CallBegins, Content, Delta, Reasoning
+from text_generation_router.errors import RouterError, ValidationError, anthropic_error_body
+from text_generation_router.scheduling.requests import Event, PrefillEvent
+
+_messages_body = msgspec.json.Decoder(MessagesBody)
+_encode = msgspec.json.Encoder().encode
+
+ROUTE = "messages"
+_STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use", "stop": "end_turn"}
+
+
+class MessageRoutes:
+    def __init__(self, answers: Answers, chat: ChatRoutes) -> None:
+        self._answers = answers
+        self._chat = chat
+
+    async def messages(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await read_json(scope, receive, _messages_body, self._answers.served.payload_limit)
+        answer = self._stream if body.stream else self._whole
+        await until_disconnect(receive, answer(scope, send, body))
+
+    async def count_tokens(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await read_json(scope, receive, _messages_body, self._answers.served.payload_limit)
+
+        async def count() -> int:
+            chat = await self._chat.ask(chat_of(body))
+            return len((await self._answers.tokenizer.encode(chat.request.inputs, add_special_tokens=False)).ids)
+
+        await send_body(send, _encode(TokenCount(await until_disconnect(receive, count()))), JSON)
+
+    async def _ask(self, body: MessagesBody) -> Chat:
+        if body.max_tokens is None:
+            raise ValidationError("`max_tokens` is required")
+        return await self._chat.ask(chat_of(body))
+
+    async def _whole(self, scope: Scope, send: Send, body: MessagesBody) -> None:
+        started_at = time.perf_counter()
+        answers, totals = self._answers, Totals()
+        with counted(answers.served.metrics, ROUTE):
+            chat = await self._ask(body)
+            text, blocks = chat.new_text(), _Blocks()
+            async with Choices(answers.inference, caller_of(scope)) as choices:
+                await choices.start([chat.request], 1)
+                while (batch := await choices.next()) is not None:
+                    totals.take(*batch)
+                    for event in batch[1]:
+                        if not isinstance(event, PrefillEvent):
+                            for part in text.add(event)[0]:
+                                blocks.add(part)
+        total_s = time.perf_counter() - started_at
+        record_success(answers.served.metrics, ROUTE, chat.request.parameters, totals.finished(), total_s)
+        message = _message(answers, usage_of(totals))
+        message.content = blocks.finished()
+        message.stop_reason, message.stop_sequence = _stop_of(text)
+        headers = answers.headers(len(chat.request.inputs), totals, total_s)
+        await send_body(send, _encode(message), JSON, headers=headers)
+
+    async def _stream(self, scope: Scope, send: Send, body: MessagesBody) -> None:
+        started_at = time.perf_counter()
+        answers, totals = self._answers, Totals()
+        response: EventStreamResponse | None = None
+        try:
+            with counted(answers.served.metrics, ROUTE):
+                chat = await self._ask(body)
+                response = EventStreamResponse(scope, send, answers.stream_headers(len(chat.request.inputs)))
+                frames = _MessageFrames(answers, chat, totals)
+                async with Choices(answers.inference, caller_of(scope)) as choices:
+                    await choices.start([chat.request], 1)
+                    last = await relay(choices.next, frames, response)
+        except RouterError as error:
+            if response is None or not response.started:
+                raise
+            await response.end(_frame("error", anthropic_error_body(error.status, str(error))))
+            return
+        total_s = time.perf_counter() - started_at
+        record_success(answers.served.metrics, ROUTE, chat.request.parameters, totals.finished(), total_s)
+        await response.end(last)
+
+
+def usage_of(totals: Totals) -> MessageUsage:
+    usage = totals.usage()
+    cached = usage.prompt_tokens_details.cached_tokens
+    return MessageUsage(usage.prompt_tokens - cached, usage.completion_tokens, cached)
+
+
+def _message(answers: Answers, usage: MessageUsage) -> MessageOut:
+    return MessageOut(answers.new_id("msg"), "message", "assistant", answers.served.model_id, [], None, None, usage)
+
+
+def _stop_of(text: ChatText) -> tuple[str, str | None]:
+    stop = text.choice.stop_text
+    if stop is not None and text.finish_reason == "stop":
+        return "stop_sequence", stop
+    return _STOP_REASONS[text.finish_reason or "stop"], None
+
+
+class _Blocks:
+    """Parts of an answer as blocks: a new one where the kind changes."""
+
+    def __init__(self) -> None:
+        self.blocks: list[BlockOut] = []
+        self._inputs: list[str] = []
+
+    def add(self, part: Delta) -> None:
+        last = self.blocks[-1] if self.blocks else None
+        match part:
+            case Content(text):
+                if isinstance(last, TextOut):
+                    last.text += text
+                else:
+                    self.blocks.append(TextOut(text))
+            case Reasoning(text):
+                if isinstance(last, ThinkingOut):
+                    last.thinking += text
+                else:
+                    self.blocks.append(ThinkingOut(text))
+            case CallBegins(_, call_id, name):
+                self.blocks.append(ToolUseOut(call_id, name, {}))
+                self._inputs.append("")
+            case CallArguments(index, text):
+                self._inputs[index] += text
+
+    def finished(self) -> list[BlockOut]:
+        """With the inputs of tools; one that was cut off is empty."""
+        calls = [block for block in self.blocks if isinstance(block, ToolUseOut)]
+        for call, given in zip(calls, self._inputs, strict=True):
+            call.input = _object(given)
+        return self.blocks
+
+
+def _object(text: str) -> Any:
+    try:
+        value = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+class _MessageFrames:
+    """Batches of events -> events of Anthropic's stream."""
+
+    def __init__(self, answers: Answers, chat: Chat, totals: Totals) -> None:
+        self._answers = answers
+        self._totals = totals
+        self._text = chat.new_text()
+        self._begun = False
+        self._index = -1
+        self._open: type[object] | None = None
+        """The kind of the block that is being written."""
+
+    def __call__(self, batch: tuple[int, list[Event]] | None) -> tuple[bytes, bool]:
+        assert batch is not None, "the last one said so"
+        self._totals.take(*batch)
+        frames: list[bytes] = []
+        if not self._begun:
+            self._begun = True
+            # How many tokens the prompt has is known at the end; the last event says it again.
+            message = _message(self._answers, MessageUsage(0, 0))
+            frames.append(_frame("message_start", StreamEvent("message_start", message=message)))
+        for event in batch[1]:
+            if not isinstance(event, PrefillEvent):
+                for part in self._text.add(event)[0]:
+                    frames += self._part(part)
+        if self._text.finish_reason is None:
+            return b"".join(frames), False
+        frames += self._close()
+        reason, stop = _stop_of(self._text)
+        frames.append(
+            _frame("message_delta", EndEvent("message_delta", StopDelta(reason, stop), usage_of(self._totals)))
+        )
+        frames.append(_frame("message_stop", StreamEvent("message_stop")))
+        return b"".join(frames), True
+
+    def _part(self, part: Delta) -> list[bytes]:
+        match part:
+            case Content(text):
+                return [*self._block(TextOut, TextOut("")), self._delta(TextDelta(text))]
+            case Reasoning(text):
+                return [*self._block(ThinkingOut, ThinkingOut("")), self._delta(ThinkingDelta(text))]
+            case CallBegins(_, call_id, name):
+                return [*self._close(), *self._block(ToolUseOut, ToolUseOut(call_id, name, {}))]
+            case CallArguments(_, text):
+                return [self._delta(InputDelta(text))]
+
+    def _block(self, kind: type[object], block: BlockOut) -> list[bytes]:
+        """Begin a block, unless one of its kind is open."""
+        if self._open is kind:
+            return []
+        frames = self._close()
+        self._open = kind
+        self._index += 1
+        event = StreamEvent("content_block_start", index=self._index, content_block=block)
+        return [*frames, _frame("content_block_start", event)]
+
+    def _close(self) -> list[bytes]:
+        if self._open is None:
+            return []
+        self._open = None
+        return [_frame("content_block_stop", StreamEvent("content_block_stop", index=self._index))]
+
+    def _delta(self, delta: TextDelta | ThinkingDelta | InputDelta) -> bytes:
+        return _frame("content_block_delta", StreamEvent("content_block_delta", index=self._index, delta=delta))
+
+
+def _frame(name: str, payload: object) -> bytes:
+    return b"event: " + name.encode() + b"\ndata: " + _encode(payload) + b"\n\n"

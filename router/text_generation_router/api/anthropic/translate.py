@@ -1,0 +1,109 @@
+"""Anthropic's messages -> a chat of OpenAI's. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from text_generation_router.api.anthropic.schemas import (
+    MessagesBody,
+    RedactedThinkingBlock,
+    TextBlock,
+    ThinkingBlock,
+    ToolDefinition,
+    ToolResultBlock,
+    ToolUseBlock,
+    Turn,
+)
+from text_generation_router.api.openai.schemas import ChatBody
+from text_generation_router.chat.messages import FunctionCall, MessageBody, ToolCall
+from text_generation_router.chat.tools import FunctionBody, NamedFunction, NamedTool, ToolBody
+from text_generation_router.errors import ValidationError
+
+
+def chat_of(body: MessagesBody) -> ChatBody:
+    """Raises: ValidationError."""
+    for name in ("container", "mcp_servers"):
+        if getattr(body, name):
+            raise ValidationError(f"`{name}` is not supported")
+    if body.service_tier not in (None, "auto", "standard_only"):
+        raise ValidationError(f"`service_tier` {body.service_tier} is not supported")
+    choice = body.tool_choice
+    tool_choice: str | NamedTool | None = None
+    if choice is not None:
+        tool_choice = {"auto": "auto", "any": "required", "none": "none"}.get(choice.type)
+        if choice.type == "tool":
+            if choice.name is None:
+                raise ValidationError("`tool_choice` of the type tool needs a `name`")
+            tool_choice = NamedTool(NamedFunction(choice.name))
+    tools = None if body.tools is None else [_tool(tool) for tool in body.tools]
+    one_call = choice is not None and choice.disable_parallel_tool_use
+    return ChatBody(
+        model=body.model,
+        messages=list(_messages(body)),
+        max_tokens=body.max_tokens,
+        stop=body.stop_sequences,
+        stream=body.stream,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        tools=tools,
+        tool_choice=tool_choice if tools else None,
+        parallel_tool_calls=False if one_call and tools else None,
+    )
+
+
+def _tool(tool: ToolDefinition) -> ToolBody:
+    if tool.type not in (None, "custom"):
+        raise ValidationError(f"tools of the type `{tool.type}` are not supported: this server runs none")
+    return ToolBody(FunctionBody(tool.name, tool.description, tool.input_schema))
+
+
+def _messages(body: MessagesBody) -> Iterable[MessageBody]:
+    if body.system is not None:
+        text = body.system if isinstance(body.system, str) else "\n".join(block.text for block in body.system)
+        yield MessageBody("system", text)
+    for turn in body.messages:
+        yield from _turn(turn)
+
+
+def _turn(turn: Turn) -> Iterable[MessageBody]:
+    if isinstance(turn.content, str):
+        yield MessageBody(turn.role, turn.content)
+        return
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[ToolCall] = []
+    for block in turn.content:
+        match block:
+            case TextBlock(text):
+                texts.append(text)
+            case ThinkingBlock(thinking):
+                thoughts.append(thinking)
+            case RedactedThinkingBlock():
+                pass
+            case ToolUseBlock(call_id, name, given):
+                calls.append(ToolCall(FunctionCall(name, given), call_id))
+            case ToolResultBlock(call_id, content, _):
+                yield MessageBody("tool", _result(content), tool_call_id=call_id)
+            case _:
+                kind = block.__struct_config__.tag
+                raise ValidationError(f"content of the type `{kind}` is not supported: this model reads text")
+    if texts or calls or thoughts:
+        yield MessageBody(
+            turn.role,
+            "".join(texts) if texts or not calls else None,
+            tool_calls=calls or None,
+            reasoning_content="".join(thoughts) or None,
+        )
+
+
+def _result(content: object) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    assert isinstance(content, list)
+    texts: list[str] = []
+    for block in content:
+        if not isinstance(block, TextBlock):
+            raise ValidationError("images in the result of a tool are not supported: this model reads text")
+        texts.append(block.text)
+    return "".join(texts)

@@ -1,0 +1,328 @@
+"""``/v1/chat/completions`` and TGI's ``/chat_tokenize``."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import cast
+
+import msgspec
+from msgspec import UNSET
+from starlette.types import Receive, Scope, Send
+
+from text_generation_router.api.accounting import counted, record_success
+from text_generation_router.api.body import decode, read_json
+from text_generation_router.api.caller import caller_of
+from text_generation_router.api.disconnect import until_disconnect
+from text_generation_router.api.openai.answers import DONE, Answers, Totals, logprob_bodies
+from text_generation_router.api.openai.chat_text import ChatText, WholeMessage, delta_of
+from text_generation_router.api.openai.choice_text import ChoiceText
+from text_generation_router.api.openai.choices import Choices
+from text_generation_router.api.openai.parameters import chat_parameters
+from text_generation_router.api.openai.schemas import (
+    CalledFunction,
+    ChatBody,
+    ChatChoice,
+    ChatChunk,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatTokenized,
+    ChunkChoice,
+    Delta,
+    TgiDelta,
+    ToolCallBody,
+)
+from text_generation_router.api.reply import JSON, send_body
+from text_generation_router.api.service import simple_tokens
+from text_generation_router.api.sse import EventStreamResponse, frame, relay
+from text_generation_router.chat.messages import template_messages
+from text_generation_router.chat.output import (
+    CallArguments,
+    CallBegins,
+    Content,
+    Plain,
+    Reasoning,
+    ReasoningStage,
+    Stage,
+    counted_id,
+)
+from text_generation_router.chat.output import Delta as Part
+from text_generation_router.chat.reasoning import REASONING_MARKS, ReasoningMarks
+from text_generation_router.chat.template import ChatTemplates, Rendered
+from text_generation_router.chat.tools import (
+    ToolFormat,
+    Tools,
+    forced_grammar,
+    format_of,
+    tool_text,
+    tools_of,
+    written_form,
+)
+from text_generation_router.errors import RouterError, TemplateFailed, ToolError, ValidationError
+from text_generation_router.generate_request import GenerateRequest
+from text_generation_router.guidance.formats import response_format
+from text_generation_router.scheduling.requests import Event, PrefillEvent, TokenEvent
+
+_chat_body = msgspec.json.Decoder(ChatBody)
+_encode = msgspec.json.Encoder().encode
+
+ROUTE = "chat_completions"
+NO_TEMPLATE = (
+    "template not found: the model has no chat template. Give one with `--tokenizer-config-path`, or use "
+    "`/v1/completions`"
+)
+
+
+class ChatRoutes:
+    def __init__(
+        self,
+        answers: Answers,
+        templates: ChatTemplates | None,
+        *,
+        tool_call_parser: str | None = None,
+        reasoning_parser: str | None = None,
+    ) -> None:
+        """``tool_call_parser``: one of `tools.FORMATS` by name, if it is not to be the template's."""
+        self._answers = answers
+        self._templates = templates
+        self._form = format_of(templates.tool_use.source if templates else "", tool_call_parser)
+        self._reasoning = None if reasoning_parser is None else REASONING_MARKS[reasoning_parser]
+
+    async def completions(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await read_json(scope, receive, _chat_body, self._answers.served.payload_limit)
+        answer = self._stream if body.stream else self._whole
+        await until_disconnect(receive, answer(scope, send, body))
+
+    async def tokenize(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Takes no permit, as `/tokenize`."""
+        body = await read_json(scope, receive, _chat_body, self._answers.served.payload_limit)
+
+        async def answer() -> bytes:
+            tools = tools_of(body.tools, body.tool_choice or None, parallel=body.parallel_tool_calls)
+            text = (await self._render(body, tools)).text
+            return await self._answers.tokenizer.encode_then(
+                text,
+                lambda encoding: _encode(ChatTokenized(simple_tokens(text, encoding), text)),
+                add_special_tokens=False,
+            )
+
+        await send_body(send, await until_disconnect(receive, answer()), JSON)
+
+    async def request_of(self, body: bytes) -> GenerateRequest:
+        """What the body of a chat asks of the model. Raises: BodyError, RouterError."""
+        return (await self.ask(decode(body, _chat_body))).request
+
+    async def _whole(self, scope: Scope, send: Send, body: ChatBody) -> None:
+        started_at = time.perf_counter()
+        answers = self._answers
+        totals = Totals()
+        with counted(answers.served.metrics, ROUTE):
+            chat = await self.ask(body)
+            totals.num_copies = chat.num_choices
+            texts = [chat.new_text() for _ in range(chat.num_choices)]
+            messages = [WholeMessage() for _ in texts]
+            tokens: list[list[TokenEvent]] = [[] for _ in texts]
+            async with Choices(answers.inference, caller_of(scope)) as choices:
+                await choices.start([chat.request], chat.num_choices)
+                while (batch := await choices.next()) is not None:
+                    index, events = batch
+                    totals.take(index, events)
+                    for event in events:
+                        if not isinstance(event, PrefillEvent):
+                            parts, new = texts[index].add(event)
+                            messages[index].add(parts)
+                            tokens[index] += new
+        total_s = time.perf_counter() - started_at
+        record_success(answers.served.metrics, ROUTE, chat.request.parameters, totals.finished(), total_s)
+        response = ChatCompletion(
+            id=answers.new_id("chatcmpl"),
+            object="chat.completion",
+            created=int(time.time()),
+            model=answers.served.model_id,
+            system_fingerprint=answers.fingerprint,
+            choices=[
+                ChatChoice(
+                    index=index,
+                    message=messages[index].body(),
+                    logprobs=ChatLogprobs(logprob_bodies(tokens[index], answers.texts)) if body.logprobs else None,
+                    finish_reason=text.finish_reason or "stop",
+                )
+                for index, text in enumerate(texts)
+            ],
+            usage=totals.usage(),
+        )
+        headers = answers.headers(len(chat.request.inputs), totals, total_s)
+        await send_body(send, _encode(response), JSON, headers=headers)
+
+    async def _stream(self, scope: Scope, send: Send, body: ChatBody) -> None:
+        started_at = time.perf_counter()
+        answers = self._answers
+        totals = Totals()
+        response: EventStreamResponse | None = None
+        done = b"" if body.is_of_tgis_client else DONE  # it takes everything for JSON
+        try:
+            with counted(answers.served.metrics, ROUTE):
+                chat = await self.ask(body)
+                totals.num_copies = chat.num_choices
+                response = EventStreamResponse(scope, send, answers.stream_headers(len(chat.request.inputs)))
+                frames = _ChatFrames(answers, body, chat, totals)
+                async with Choices(answers.inference, caller_of(scope)) as choices:
+                    await choices.start([chat.request], chat.num_choices)
+                    last = await relay(choices.next, frames, response)
+        except RouterError as error:
+            if response is None or not response.started:
+                raise
+            await response.end(answers.error_frame(error) + done)
+            return
+        total_s = time.perf_counter() - started_at
+        record_success(answers.served.metrics, ROUTE, chat.request.parameters, totals.finished(), total_s)
+        await response.end(last + done)
+
+    async def ask(self, body: ChatBody) -> Chat:
+        """What the model is asked, and how its answer is read. Raises: RouterError."""
+        self._answers.served.check_model(body.model)
+        parameters, more = chat_parameters(body)
+        tools = tools_of(body.tools, body.tool_choice or None, parallel=body.parallel_tool_calls)
+        grammar = None if body.response_format is None else response_format(body.response_format)
+        if tools is not None and grammar is not None:
+            raise ToolError("Grammar and tools are mutually exclusive")
+        form = None if tools is None else written_form(tools, self._form)
+        if tools is not None and form is not None and tools.forced:
+            grammar = forced_grammar(tools, form, self._answers.texts.special_id)
+        prompt = await self._render(body, tools)
+        request = GenerateRequest(
+            prompt.text, parameters, add_special_tokens=False, more=msgspec.structs.replace(more, grammar=grammar)
+        )
+        return Chat(request, body.n or 1, tools, form, self._reasoning, is_tgis=body.is_of_tgis_client)
+
+    async def _render(self, body: ChatBody, tools: Tools | None) -> Rendered:
+        if self._templates is None:
+            raise TemplateFailed(NO_TEMPLATE)
+        template = self._templates.default if tools is None else self._templates.tool_use
+        options = dict(body.chat_template_kwargs or {})
+        if body.reasoning_effort is not None:
+            options["reasoning_effort"] = body.reasoning_effort
+        for name, value in options.items():
+            if isinstance(value, dict | list):
+                raise ValidationError(f"`chat_template_kwargs` takes texts, numbers and booleans, `{name}` is none")
+        unknown = sorted(options.keys() - template.options)
+        if unknown:
+            known = ", ".join(f"`{name}`" for name in sorted(template.options)) or "none"
+            raise ValidationError(f"the chat template does not read `{unknown[0]}`; what it reads: {known}")
+        messages = template_messages(body.messages, knows_developer="developer" in template.source)
+        if tools is None:
+            return await template.render(messages, options=options)
+        if not template.knows_tools:
+            if not messages:
+                raise ValidationError("`messages` must not be empty")
+            messages[-1]["content"] += tool_text(tools, body.tool_prompt)
+            return await template.render(messages, options=options)
+        return await template.render(messages, tools=[tool.for_template() for tool in tools.tools], options=options)
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A request for the model, and how its answers are read."""
+
+    request: GenerateRequest
+    num_choices: int
+    tools: Tools | None
+    form: ToolFormat | None
+    """How calls of ``tools`` are written."""
+    reasoning: ReasoningMarks | None
+    is_tgis: bool
+    """Sent by TGI's own client, which counts calls, and reads streams of a form of its own."""
+
+    def new_text(self) -> ChatText:
+        """The text of one of the answers."""
+        stage: Stage = Plain()
+        marks: tuple[str, ...] = ()
+        if self.tools is not None and self.form is not None:
+            stage = self.form.stage(self.tools, counted_id if self.is_tgis else self.form.new_id)
+            marks = self.form.all_marks
+        if self.reasoning is not None:
+            begin, end = self.reasoning
+            inside = self.request.inputs.rstrip().endswith(begin)
+            stage, marks = ReasoningStage(begin, end, stage, inside), (*marks, begin, end)
+        return ChatText(ChoiceText(self.request.parameters.stop, marks), stage)
+
+
+class _ChatFrames:
+    """Batches of events -> chunks of the stream."""
+
+    def __init__(self, answers: Answers, body: ChatBody, chat: Chat, totals: Totals) -> None:
+        self._answers = answers
+        self._totals = totals
+        self._texts = [chat.new_text() for _ in range(chat.num_choices)]
+        self._begun = [False] * chat.num_choices
+        self._num_left = chat.num_choices
+        self._with_logprobs = bool(body.logprobs)
+        self._include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self._is_tgis = chat.is_tgis
+        self._call_ids: dict[int, str] = {}
+        self._chunk = ChatChunk(
+            id=answers.new_id("chatcmpl"),
+            object="chat.completion.chunk",
+            created=int(time.time()),
+            model=answers.served.model_id,
+            system_fingerprint=answers.fingerprint,
+            choices=[],
+            usage=None if self._include_usage else UNSET,
+        )
+
+    def __call__(self, batch: tuple[int, list[Event]] | None) -> tuple[bytes, bool]:
+        """The chunks of a batch, and whether it was the last."""
+        assert batch is not None, "the last one said so"
+        index, events = batch
+        self._totals.take(index, events)
+        frames: list[bytes] = []
+        for event in events:
+            if not isinstance(event, PrefillEvent):
+                frames += self._frames(index, event)
+        if self._texts[index].finish_reason is not None:
+            self._num_left -= 1
+        ended = self._num_left == 0
+        if ended and self._include_usage:
+            frames.append(frame(msgspec.structs.replace(self._chunk, choices=[], usage=self._totals.usage())))
+        return b"".join(frames), ended
+
+    def _frames(self, index: int, event: TokenEvent) -> list[bytes]:
+        frames: list[bytes] = []
+        if not self._begun[index] and not self._is_tgis:  # which wants the role in every chunk
+            frames.append(self._frame(index, Delta("assistant", "")))
+        self._begun[index] = True
+        text = self._texts[index]
+        parts, tokens = text.add(event)
+        deltas = [self._tgi_delta(part) if self._is_tgis else delta_of(part) for part in parts]
+        logprobs = None
+        if self._with_logprobs and tokens:
+            logprobs = ChatLogprobs(logprob_bodies(tokens, self._answers.texts))
+        if not deltas and (logprobs is not None or text.finish_reason is not None):
+            deltas.append(TgiDelta("") if self._is_tgis else Delta())
+        for place, delta in enumerate(deltas):
+            last = place == len(deltas) - 1
+            frames.append(
+                self._frame(index, delta, logprobs if place == 0 else None, text.finish_reason if last else None)
+            )
+        return frames
+
+    def _tgi_delta(self, part: Part) -> TgiDelta:
+        match part:
+            case CallBegins(index, call_id, name):
+                self._call_ids[index] = call_id
+                return TgiDelta(tool_calls=ToolCallBody(CalledFunction("", name), call_id, "function", index))
+            case CallArguments(index, text):
+                call = ToolCallBody(CalledFunction(text, None), self._call_ids[index], "function", index)
+                return TgiDelta(tool_calls=call)
+            case Content(text) | Reasoning(text):
+                return TgiDelta(text)
+
+    def _frame(
+        self,
+        index: int,
+        delta: Delta | TgiDelta,
+        logprobs: ChatLogprobs | None = None,
+        finish_reason: str | None = None,
+    ) -> bytes:
+        self._chunk.choices = [ChunkChoice(index, cast("Delta", delta), logprobs, finish_reason)]
+        return frame(self._chunk)

@@ -1,0 +1,158 @@
+"""Texts of many requests -> batches of an encoder, each request getting its turn."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from text_generation_router.errors import GenerationFailed, RouterError, ShuttingDown
+from text_generation_router.metrics import Metrics
+from text_generation_router.shards.group import EmbeddingFailed, ShardGroup, ShardUnreachable
+
+MAX_BATCHES_IN_FLIGHT = 2
+"""One is computed, one waits for it: the shard never waits for the router."""
+TURN = 16
+"""Texts that a request puts into a batch before it is another's turn."""
+METHOD = "embed"
+"""The label of TGI's metrics."""
+NO_SHARD = "Could not connect to Text Generation server: no shard answers"
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """The texts of one request."""
+
+    texts: Sequence[Sequence[int]]
+    done: asyncio.Future[None]
+    vectors: list[bytes] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
+    """In which they are computed: those of one length are computed together, without padding."""
+    num_taken: int = 0
+    num_missing: int = 0
+
+    def __post_init__(self) -> None:
+        self.vectors = [b""] * len(self.texts)
+        self.order = sorted(range(len(self.texts)), key=lambda index: -len(self.texts[index]))
+        self.num_missing = len(self.texts)
+
+
+Place = tuple[Job, int]
+"""A text by its job and its index there."""
+
+
+def fill_batch(jobs: deque[Job], max_tokens: int) -> list[Place]:
+    """Take texts in turns until they have ``max_tokens``, at least one; jobs that have none left are taken out."""
+    batch: list[Place] = []
+    left = max_tokens
+    while jobs:
+        job = jobs.popleft()
+        if job.done.done():  # its client is gone
+            continue
+        for _ in range(TURN):
+            if job.num_taken == len(job.texts):
+                break
+            index = job.order[job.num_taken]
+            size = len(job.texts[index])
+            if batch and size > left:
+                jobs.appendleft(job)
+                return batch
+            batch.append((job, index))
+            job.num_taken += 1
+            left -= size
+        if job.num_taken < len(job.texts):
+            jobs.append(job)
+    return batch
+
+
+class EncoderBatcher:
+    """Owns the connection to an encoder; everything happens on the event loop."""
+
+    def __init__(
+        self,
+        shards: ShardGroup,
+        *,
+        metrics: Metrics,
+        max_tokens: int,
+        vector_bytes: int,
+    ) -> None:
+        """``max_tokens`` of a batch."""
+        self._shards = shards
+        self._max_tokens = max_tokens
+        self._vector_bytes = vector_bytes
+        self._metrics = metrics
+        self._jobs: deque[Job] = deque()
+        self._num_in_flight = 0
+        self._wake = asyncio.Event()
+        self._answers = True
+        self._closed = False
+
+    def ready(self) -> bool:
+        """Whether the shard has answered what it was asked last."""
+        return self._answers
+
+    async def embed(self, texts: Sequence[Sequence[int]]) -> list[bytes]:
+        """Vectors in the order of the texts. Raises: GenerationFailed, ShuttingDown."""
+        if self._closed:
+            raise ShuttingDown
+        job = Job(texts, asyncio.get_running_loop().create_future())
+        self._jobs.append(job)
+        self._metrics.queue_size.set(len(self._jobs))
+        self._wake.set()
+        await job.done  # who is cancelled here cancels it, and what is left of the job with it
+        return job.vectors
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        sent: set[Place] = set()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                while True:
+                    while self._num_in_flight < MAX_BATCHES_IN_FLIGHT:
+                        batch = fill_batch(self._jobs, self._max_tokens)
+                        if not batch:
+                            break
+                        self._metrics.queue_size.set(len(self._jobs))
+                        self._num_in_flight += 1
+                        sent.update(batch)
+                        tasks.create_task(self._compute(batch, sent))
+                    await self._wake.wait()
+                    self._wake.clear()
+        finally:
+            self._closed = True
+            for job in {*self._jobs, *(job for job, _ in sent)}:
+                _fail(job, ShuttingDown())
+
+    async def _compute(self, batch: list[Place], sent: set[Place]) -> None:
+        texts = [job.texts[index] for job, index in batch]
+        metrics, started_at = self._metrics, time.perf_counter()
+        metrics.batch_inference_count.inc(method=METHOD)
+        try:
+            raw = await self._shards.embed(texts)
+        except (EmbeddingFailed, ShardUnreachable) as error:
+            metrics.batch_inference_failure.inc(method=METHOD)
+            self._answers = isinstance(error, EmbeddingFailed)
+            message = f"Server error: {error}" if self._answers else NO_SHARD
+            for job in {job for job, _ in batch}:
+                _fail(job, GenerationFailed(message))
+        else:
+            metrics.batch_inference_success.inc(method=METHOD)
+            metrics.batch_inference_duration.observe(time.perf_counter() - started_at, method=METHOD)
+            self._answers = True
+            width = self._vector_bytes
+            for place, (job, index) in enumerate(batch):
+                job.vectors[index] = raw[place * width : (place + 1) * width]
+                job.num_missing -= 1
+                if not job.num_missing and not job.done.done():
+                    job.done.set_result(None)
+        finally:
+            sent.difference_update(batch)
+            self._num_in_flight -= 1
+            self._wake.set()
+
+
+def _fail(job: Job, error: RouterError) -> None:
+    if not job.done.done():
+        job.done.set_exception(error)

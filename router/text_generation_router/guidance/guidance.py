@@ -1,0 +1,156 @@
+"""Grammars of requests, tried out before anybody has to obey them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+
+from text_generation_proto.grammars import Grammar, GrammarError
+
+from text_generation_router.errors import GenerationFailed, Overloaded, ValidationError
+
+logger = logging.getLogger(__name__)
+
+COMPILE_S = 3.0
+"""For one grammar. Those of real schemas take milliseconds."""
+START_S = 60.0
+"""Until a worker has loaded the tokenizer: a second, if the machine is not busy."""
+WAIT_S = 10.0
+"""For a worker that is free."""
+NUM_WORKERS = 2
+"""One that is at odds with a grammar, and one for everybody else."""
+MAX_KNOWN = 4096
+"""Grammars whose verdict is kept; a hash and a line each."""
+
+Compile = Callable[[Grammar], Awaitable[None]]
+
+
+class Guidance:
+    """Says which grammars may be obeyed. Workers are started when the first grammar comes, and again when one died."""
+
+    def __init__(
+        self, tokenizer_path: str, vocab_size: int, eos_token_ids: Sequence[int], compile_on_shard: Compile
+    ) -> None:
+        self._arguments = (tokenizer_path, str(vocab_size), *map(str, eos_token_ids))
+        self._compile_on_shard = compile_on_shard
+        self._verdicts: OrderedDict[bytes, str | None] = OrderedDict()
+        self._free: list[_Worker] = []
+        self._places = asyncio.Semaphore(NUM_WORKERS)
+
+    async def admit(self, grammar: Grammar) -> None:
+        """Try the grammar out here, and have the shard compile it.
+
+        Raises: ValidationError for one that cannot be obeyed, Overloaded while others are tried out.
+        """
+        key = hashlib.sha256(f"{grammar.kind.value}\0{grammar.source}".encode(errors="surrogatepass")).digest()
+        if key in self._verdicts:
+            self._verdicts.move_to_end(key)
+            reason = self._verdicts[key]
+        else:
+            reason = self._verdicts[key] = await self._try_out(grammar)
+            while len(self._verdicts) > MAX_KNOWN:
+                self._verdicts.popitem(last=False)
+        if reason is not None:
+            raise ValidationError(f"grammar is not valid: {reason}")
+        try:
+            await self._compile_on_shard(grammar)
+        except GrammarError as error:
+            raise ValidationError(f"grammar is not valid: {error}") from None
+        except Exception as error:
+            raise GenerationFailed("Could not connect to Text Generation server: no shard answers") from error
+
+    async def close(self) -> None:
+        """End the workers."""
+        for worker in self._free:
+            await worker.kill()
+        self._free.clear()
+
+    async def _try_out(self, grammar: Grammar) -> str | None:
+        try:
+            async with asyncio.timeout(WAIT_S):
+                await self._places.acquire()
+        except TimeoutError:
+            raise Overloaded from None
+        worker: _Worker | None = None
+        try:
+            self._free = [worker for worker in self._free if worker.is_alive]
+            worker = self._free.pop() if self._free else await _Worker.start(self._arguments)
+            reason = await worker.verdict(grammar)
+            if worker.is_alive:
+                self._free.append(worker)
+            return reason
+        except BaseException:
+            if worker is not None:
+                await worker.kill()
+            raise
+        finally:
+            self._places.release()
+
+
+class _Worker:
+    """One process of `worker.py`."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self._ended = False
+
+    @property
+    def is_alive(self) -> bool:
+        return not self._ended and self._process.returncode is None
+
+    @classmethod
+    async def start(cls, arguments: Sequence[str]) -> _Worker:
+        started = time.perf_counter()
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "text_generation_router.guidance.worker", *arguments),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,  # what a library prints while it crashes
+            start_new_session=True,  # signals of a terminal are the router's
+        )
+        worker = cls(process)
+        answer = await worker._answer(START_S)
+        if answer is None:
+            raise GenerationFailed("Server error: grammars cannot be compiled on this server")
+        logger.info("Grammars are compiled in process %d, ready in %.1f s", process.pid, time.perf_counter() - started)
+        return worker
+
+    async def verdict(self, grammar: Grammar) -> str | None:
+        """What is wrong with the grammar, or None. A worker that has ended answers nothing any more."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):  # it has died meanwhile: it answers nothing
+            self._process.stdin.write(
+                json.dumps({"kind": grammar.kind.value, "source": grammar.source}).encode() + b"\n"
+            )
+            await self._process.stdin.drain()
+        answer = await self._answer(COMPILE_S)
+        if answer is None:
+            return f"it could not be compiled within {COMPILE_S:g} s and the memory there is for it"
+        reason = answer["error"]
+        return None if reason is None else str(reason)
+
+    async def kill(self) -> None:
+        self._ended = True
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+
+    async def _answer(self, limit_s: float) -> dict[str, object] | None:
+        """The next line; None, and the process is gone, if there is none in time."""
+        assert self._process.stdout is not None
+        line = b""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                line = await self._process.stdout.readline()
+        if not line.endswith(b"\n"):
+            await self.kill()
+            return None
+        answer: dict[str, object] = json.loads(line)
+        return answer

@@ -1,0 +1,143 @@
+"""`embedding.batches`: turns of requests, and what becomes of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from text_generation_router.embedding.batches import NO_SHARD, TURN, EncoderBatcher, Job, fill_batch
+from text_generation_router.errors import GenerationFailed, ShuttingDown
+from text_generation_router.metrics import Metrics
+from text_generation_router.shards.group import EmbeddingFailed, ShardGroup, ShardUnreachable
+
+LOOP = asyncio.new_event_loop()
+LOOP.close()
+
+
+def job(*lengths: int) -> Job:
+    """One that nobody waits for."""
+    return Job([[0] * length for length in lengths], asyncio.Future(loop=LOOP))
+
+
+def test_requests_take_turns() -> None:
+    many, few = job(*[1] * 100), job(1, 1)
+    jobs = deque([many, few])
+    batch = fill_batch(jobs, TURN + 4)
+    assert batch == [*((many, index) for index in range(TURN)), (few, 0), (few, 1), (many, TURN), (many, TURN + 1)]
+    assert list(jobs) == [many]
+
+
+def test_a_text_longer_than_a_batch_is_one() -> None:
+    long = job(50, 1)
+    jobs = deque([long])
+    assert fill_batch(jobs, 10) == [(long, 0)]
+    assert fill_batch(jobs, 10) == [(long, 1)]
+    assert fill_batch(jobs, 10) == []
+
+
+def test_what_nobody_waits_for_is_not_computed() -> None:
+    gone, here = job(1), job(1)
+    gone.done.cancel()
+    assert fill_batch(deque([gone, here]), 10) == [(here, 0)]
+
+
+@given(st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=40), max_size=6), st.integers(1, 64))
+def test_every_text_is_in_one_batch(lengths: list[list[int]], max_tokens: int) -> None:
+    made = [job(*each) for each in lengths]
+    jobs = deque(made)
+    seen: list[tuple[int, int]] = []
+    while batch := fill_batch(jobs, max_tokens):
+        sizes = [len(each.texts[index]) for each, index in batch]
+        assert len(sizes) == 1 or sum(sizes) <= max_tokens
+        seen += [(made.index(each), index) for each, index in batch]
+    assert sorted(seen) == [(i, j) for i, each in enumerate(lengths) for j in range(len(each))]
+
+
+class Shards:
+    """Answers with the first id of each text, as one float."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Sequence[int]]] = []
+        self.errors: list[Exception] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def embed(self, texts: Sequence[Sequence[int]]) -> bytes:
+        self.batches.append(list(texts))
+        await self.gate.wait()
+        if self.errors:
+            raise self.errors.pop(0)
+        return b"".join(text[0].to_bytes(4, "little") for text in texts)
+
+
+@asynccontextmanager
+async def running(shards: Shards, max_tokens: int = 8) -> Any:
+    metrics = Metrics(max_input_tokens=100, max_total_tokens=100)
+    batcher = EncoderBatcher(cast(ShardGroup, shards), metrics=metrics, max_tokens=max_tokens, vector_bytes=4)
+    task = asyncio.create_task(batcher.run())
+    try:
+        yield batcher
+    finally:
+        task.cancel()
+        await asyncio.wait((task,))
+
+
+def raw(*numbers: int) -> list[bytes]:
+    return [number.to_bytes(4, "little") for number in numbers]
+
+
+async def test_vectors_come_in_the_order_of_the_texts() -> None:
+    shards = Shards()
+    async with running(shards) as batcher:
+        one, other = await asyncio.gather(
+            batcher.embed([[number] * 3 for number in range(20)]), batcher.embed([[50], [51]])
+        )
+    assert one == raw(*range(20))
+    assert other == raw(50, 51)
+    assert all(sum(map(len, batch)) <= 8 for batch in shards.batches)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "ready"),
+    [(EmbeddingFailed("bad batch"), "Server error: bad batch", True), (ShardUnreachable("gone"), NO_SHARD, False)],
+)
+async def test_a_batch_that_fails_fails_those_in_it(error: Exception, message: str, ready: bool) -> None:
+    shards = Shards()
+    async with running(shards) as batcher:
+        shards.errors.append(error)
+        with pytest.raises(GenerationFailed, match=message):
+            await batcher.embed([[1]])
+        assert batcher.ready() is ready
+        assert await batcher.embed([[2]]) == raw(2)
+        assert batcher.ready()
+
+
+async def test_a_client_that_leaves_takes_its_texts_along() -> None:
+    shards = Shards()
+    async with running(shards) as batcher:
+        shards.gate.clear()
+        tasks = [asyncio.create_task(batcher.embed([[1] * 8 for _ in range(50)]))]
+        await asyncio.sleep(0.01)
+        tasks[0].cancel()
+        await asyncio.wait(tasks)
+        shards.gate.set()
+        assert await batcher.embed([[7]]) == raw(7)
+    assert len(shards.batches) == 3
+
+
+async def test_who_waits_at_the_end_is_told() -> None:
+    shards = Shards()
+    async with running(shards) as batcher:
+        shards.gate.clear()
+        tasks = [asyncio.create_task(batcher.embed([[1] * 8 for _ in range(50)]))]
+        await asyncio.sleep(0.01)
+    with pytest.raises(ShuttingDown):
+        await tasks[0]
+    with pytest.raises(ShuttingDown):
+        await batcher.embed([[1]])
