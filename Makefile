@@ -7,7 +7,7 @@ MODEL_ID ?=
 ARGS ?=
 PROTO := text_generation_proto/v1/generate.proto
 
-.PHONY: install clients run test test-slow test-gpu check fmt lint types proto proto-check bench bench-gpu docker-lint clean
+.PHONY: install clients schemathesis run test test-slow test-gpu check fmt lint types proto proto-check bench bench-gpu docker-lint clean
 
 # One stamp for the whole environment: rebuilt when what it is made from changes.
 $(VENV)/.installed: pyproject.toml .ci/constraints.txt
@@ -30,6 +30,13 @@ $(VENV)/clients/.installed: .ci/constraints-clients.txt
 
 clients: $(VENV)/clients/.installed
 
+$(VENV)/schemathesis/.installed: .ci/constraints-schemathesis.txt
+	$(PYTHON) -m venv $(VENV)/schemathesis
+	$(VENV)/schemathesis/bin/python -m pip install --quiet --constraint $< schemathesis
+	touch $@
+
+schemathesis: $(VENV)/schemathesis/.installed
+
 run: install
 	@$(BIN)/text-generation-launcher --port $(PORT) $(if $(MODEL_ID),--model-id "$(MODEL_ID)") $(ARGS)
 
@@ -39,7 +46,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadf
 test: install clients
 	$(PYTEST)
 
-test-slow: install clients
+test-slow: install clients schemathesis
 	$(PYTEST) -m slow
 
 # The gate, the quick ones first.

@@ -270,7 +270,7 @@ def _operation(path: str, method: str, operation: Operation, by_type: Mapping[st
     elif operation.answer not in (None, msgspec.UNSET):
         content["application/json"] = {"schema": _schema(operation.answer, by_type)}
     if operation.event is not None:
-        content["text/event-stream"] = {"schema": _schema(operation.event, by_type)}
+        content["text/event-stream"] = {"schema": _event_schema(_schema(operation.event, by_type))}
     responses: dict[str, Any] = {"200": {"description": "OK", **({"content": content} if content else {})}}
     for status in _statuses(path, operation):
         responses[status] = {"description": _TEXTS[status]}
@@ -301,6 +301,16 @@ def _schema(given: Any, by_type: Mapping[str, Any]) -> Any:
     if isinstance(given, tuple):
         return {"anyOf": [by_type[repr(each)] for each in given]}
     return by_type[repr(given)]
+
+
+def _event_schema(data: Any) -> dict[str, Any]:
+    """Of one event: its data is JSON, or the word that ends OpenAI's streams."""
+    json_text = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
+    return {
+        "type": "object",
+        "properties": {"data": {"anyOf": [json_text, {"const": "[DONE]"}]}, "event": {"type": "string"}},
+        "required": ["data"],
+    }
 
 
 _PLAIN = str.maketrans({"{": None, "}": None, "-": "_", ".": "_"})

@@ -304,12 +304,14 @@ class JsonCalls:
             if text[0] == "]" and self._in_list:
                 self._in_list, text = False, text[1:]
                 if not self.end_marks:
+                    self.refused = not self._num_read
                     return deltas, text
                 continue
             mark = next((mark for mark in (*self.end_marks, *self.again) if text.startswith(mark)), None)
             if mark is not None:
                 text = text[len(mark) :]
                 if mark in self.end_marks:
+                    self.refused = not self._num_read
                     return deltas, text
                 continue
             if any(mark.startswith(text) for mark in (*self.end_marks, *self.again)):

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 SUPPORT_FILES = (
     "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "chat_template*", "additional_chat_templates/*.jinja",
+    "*_Pooling/config.json", "*_Dense/config.json", "*_Dense/model.safetensors",
 )  # fmt: skip
 """Configuration, tokenizer, chat templates, generation settings: small files beside the weights."""
 CODE_FILES = ("*.py",)
@@ -35,6 +36,8 @@ IGNORED_FILES = (
     "*/*.safetensors",
     "*.index.json",
 )
+KEPT_FILES = (INDEX_FILE, "*_Dense/model.safetensors")
+"""Of what the patterns above mean, those that are needed after all."""
 VOCABULARY_FILES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*")
 """One of them is in every folder that a tokenizer can be made from."""
 TOKENIZER_SETTINGS = "tokenizer_config.json"
@@ -110,7 +113,7 @@ def choose_files(files: list[str]) -> tuple[list[str], list[str]]:
 
     Raises: ConfigError if there are no safetensors.
     """
-    wanted = [name for name in files if not _matches(name, IGNORED_FILES) or name == INDEX_FILE]
+    wanted = [name for name in files if not _matches(name, IGNORED_FILES) or _matches(name, KEPT_FILES)]
     weights = sorted(name for name in wanted if name.endswith(".safetensors") and "/" not in name)
     if INDEX_FILE in wanted and len(weights) > 1:
         weights = [name for name in weights if name != SINGLE_FILE]  # the parts hold the same again

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from text_generation_router.chat.output import (
     CallArguments,
@@ -161,6 +161,10 @@ def test_how_the_text_is_cut_changes_nothing(name: str, text: str, cuts: list[in
 
 
 @given(name=st.sampled_from(sorted(BY_NAME)), text=st.text("abc <>[]{}\n", max_size=40))
+@example(name="json", text="[]")
+@example(name="json", text="[ ] a")
+@example(name="hermes", text="<tool_call></tool_call>")
+@example(name="mistral", text="a [TOOL_CALLS][] b")
 def test_what_is_no_call_is_content_to_the_last_character(name: str, text: str) -> None:
     content, _, calls = read(form(name).stage(TOOLS, counted_id), list(text))
     assert calls == []

@@ -179,10 +179,12 @@ def test_the_small_files_are_chosen() -> None:
         "model.safetensors", "config.json", "generation_config.json", "tokenizer.model", "vocab.txt", "merges.txt",
         "chat_template.jinja", "additional_chat_templates/rag.jinja", "model.safetensors.index.json", "x.py",
         "pytorch_model.bin.index.json", "README.md", "runs/log.json", "training_args.json", "pytorch_model.bin",
+        "modules.json", "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "onnx/config.json",
     ]  # fmt: skip
     assert choose_files(files)[1] == [
+        "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors",
         "additional_chat_templates/rag.jinja", "chat_template.jinja", "config.json", "generation_config.json",
-        "merges.txt", "model.safetensors.index.json", "tokenizer.model", "vocab.txt",
+        "merges.txt", "model.safetensors.index.json", "modules.json", "tokenizer.model", "vocab.txt",
     ]  # fmt: skip
 
 
