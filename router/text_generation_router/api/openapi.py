@@ -20,6 +20,7 @@ from text_generation_router.api.openai.schemas import (
     CompletionBody,
     Model,
     ModelList,
+    TgiDelta,
 )
 from text_generation_router.api.platforms import VertexAnswer, VertexRequest
 from text_generation_router.api.schemas import (
@@ -239,7 +240,11 @@ def document(version: str) -> dict[str, Any]:
         for each in (given if isinstance(given, tuple) else (given,))
         if each not in (None, str, msgspec.UNSET)
     ]
+    types.append(TgiDelta)
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    # Which of the two it is, the request says: the library has no words for that.
+    delta = components["ChunkChoice"]["properties"]["delta"]
+    components["ChunkChoice"]["properties"]["delta"] = {"anyOf": [delta, schemas[-1]]}
     by_type = dict(zip(map(repr, types), schemas, strict=True))
     return {
         "openapi": "3.1.0",
