@@ -97,6 +97,10 @@ async def _start_generation(
     flags: RouterFlags, shards: ShardGroup, stack: AsyncExitStack, seconds: dict[str, float]
 ) -> Backend:
     info = shards.info
+    guidance = Guidance(info.tokenizer_path, info.vocab_size, sorted(info.eos_token_ids), shards.compile_grammar)
+    stack.push_async_callback(guidance.close)
+    if not flags.disable_grammar_support:
+        guidance.prepare()
     with _failing_as("Argument validation error"):
         limits = warmup_limits(flags, info)
     with _timed(seconds, "warmup"), _failing_as("Backend failed"):
@@ -126,8 +130,8 @@ async def _start_generation(
     )
     detokenizer = Detokenizer(tokenizer.tokenizer, tokenizer.special_ids)
     batcher = Batcher(shards, scheduler, detokenizer, metrics)
-    guidance = Guidance(info.tokenizer_path, info.vocab_size, sorted(info.eos_token_ids), shards.compile_grammar)
-    stack.push_async_callback(guidance.close)
+    with _timed(seconds, "grammars"):
+        await guidance.prepared()
     with _failing_as("Backend failed"):
         await _begin(shards)
     batching = asyncio.create_task(batcher.run(), name="batching")

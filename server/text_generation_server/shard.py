@@ -75,6 +75,7 @@ def run_shard(config: ShardConfig, source: ModelSource, env: Mapping[str, str], 
         guidance = None
         if config.rank == 0:  # who samples
             guidance = Guidance(Path(info.tokenizer_path), info.vocab_size, info.eos_token_ids)
+            guidance.prepare()
         engine = Engine(
             with_graphs(runner, config.cuda_graphs, max_total_tokens=config.max_total_tokens),
             lambda _, limits: _plan(runner, limits, found, config),

@@ -3,8 +3,9 @@
     python tests/bench/guidance_bench.py --model DIR [--streams 4 --repetitions 3]
 
 First the masks alone, in this process, over the grammars of the test suite with the model's own vocabulary: what a
-shard does for each guided token. Then a server with running streams: quiet seconds, and seconds in which the hostile
-grammars are sent one after another. Each has to end in 422 or in an answer; how long that took is in the table.
+shard does for each guided token. Then a server with running streams: quiet seconds, then as many short requests without
+a grammar as there are hostile ones, one after another, and then these. Each has to end in 422 or in an answer; how long
+that took is in the table.
 """
 
 import argparse
@@ -14,8 +15,10 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
@@ -63,15 +66,15 @@ def mask_times_s(tokenizer: Path, vocab_size: int, eos: int) -> list[float]:
 @dataclass(frozen=True, slots=True)
 class Repetition:
     quiet_s: list[float]
+    plain_s: list[float]
     beside_s: list[float]
     hostile: dict[str, tuple[int, float]]
     """Status, and seconds until it was there."""
 
 
-async def hostile_grammars(url: str) -> dict[str, tuple[int, float]]:
+async def one_by_one(url: str, grammars: Mapping[str, dict[str, Any] | None]) -> dict[str, tuple[int, float]]:
     found: dict[str, tuple[int, float]] = {}
-    for number, (name, grammar) in enumerate(HOSTILE.items()):
-        # Another one each time, where a comment can be added: verdicts are remembered.
+    for number, (name, grammar) in enumerate(grammars.items()):
         parameters = {"max_new_tokens": 8, "grammar": grammar, "seed": number, "do_sample": True}
         started = time.perf_counter()
         answer = await ask(url, "/generate", {"inputs": "x", "parameters": parameters}, limit_s=60)
@@ -82,15 +85,18 @@ async def hostile_grammars(url: str) -> dict[str, tuple[int, float]]:
 async def repeat(url: str, api: Api, prompts: object, streams: int, tokens: int, quiet_s: float) -> Repetition:
     tasks = [asyncio.create_task(send(url, api, next(prompts), tokens)) for _ in range(streams)]  # type: ignore[call-overload]
     await asyncio.sleep(quiet_s)
+    quiet_until = time.perf_counter()
+    await one_by_one(url, dict.fromkeys(HOSTILE))
     begin = time.perf_counter()
-    hostile = await hostile_grammars(url)
+    hostile = await one_by_one(url, HOSTILE)
     end = time.perf_counter()
     outcomes = await asyncio.gather(*tasks)
     assert all(outcome.kind is End.OK for outcome in outcomes), [outcome.detail for outcome in outcomes]
     running_from = max(outcome.token_times[0] for outcome in outcomes)
     assert end < min(outcome.token_times[-1] for outcome in outcomes), "--output-tokens has to be larger"
     return Repetition(
-        [gap for outcome in outcomes for gap in gaps_inside(outcome.token_times, running_from, begin)],
+        [gap for outcome in outcomes for gap in gaps_inside(outcome.token_times, running_from, quiet_until)],
+        [gap for outcome in outcomes for gap in gaps_inside(outcome.token_times, quiet_until, begin)],
         [gap for outcome in outcomes for gap in gaps_inside(outcome.token_times, begin, end)],
         hostile,
     )
@@ -123,7 +129,7 @@ def main() -> None:
             uvloop.run(send(server.url, kind.api, next(prompts), 16))
             repetitions.append(uvloop.run(repeat(server.url, kind.api, prompts, *setting)))
     print("\n".join(heading(model, f"{arguments.streams} streams beside {len(HOSTILE)} grammars", len(repetitions))))
-    for name, gaps in (("quiet", "quiet_s"), ("beside them", "beside_s")):
+    for name, gaps in (("quiet", "quiet_s"), ("beside plain requests", "plain_s"), ("beside them", "beside_s")):
         values = [[percentile(getattr(each, gaps), q) * 1e3 for each in repetitions] for q in (50, 99)]
         mean = statistics.median(statistics.fmean(getattr(each, gaps)) * 1e3 for each in repetitions)
         p50, p99 = (statistics.median(each) for each in values)

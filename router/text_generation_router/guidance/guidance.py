@@ -7,10 +7,12 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import sys
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 
 from text_generation_proto.grammars import Grammar, GrammarError
 
@@ -24,6 +26,8 @@ START_S = 60.0
 """Until a worker has loaded the tokenizer: a second, if the machine is not busy."""
 WAIT_S = 10.0
 """For a worker that is free."""
+PREPARED_S = 5.0
+"""Of a server's start, at most."""
 NUM_WORKERS = 2
 """One that is at odds with a grammar, and one for everybody else."""
 MAX_KNOWN = 4096
@@ -33,7 +37,7 @@ Compile = Callable[[Grammar], Awaitable[None]]
 
 
 class Guidance:
-    """Says which grammars may be obeyed. Workers are started when the first grammar comes, and again when one died."""
+    """Says which grammars may be obeyed. One worker is started ahead, and another when one has died."""
 
     def __init__(
         self, tokenizer_path: str, vocab_size: int, eos_token_ids: Sequence[int], compile_on_shard: Compile
@@ -43,6 +47,7 @@ class Guidance:
         self._verdicts: OrderedDict[bytes, str | None] = OrderedDict()
         self._free: list[_Worker] = []
         self._places = asyncio.Semaphore(NUM_WORKERS)
+        self._preparing: asyncio.Task[None] | None = None
 
     async def admit(self, grammar: Grammar) -> None:
         """Try the grammar out here, and have the shard compile it.
@@ -66,11 +71,30 @@ class Guidance:
         except Exception as error:
             raise GenerationFailed("Could not connect to Text Generation server: no shard answers") from error
 
+    def prepare(self) -> None:
+        """Begin to start a worker, which takes a second of a processor: streams would feel it later."""
+        if self._preparing is None or self._preparing.done():
+            self._preparing = asyncio.create_task(self._prepare(), name="starting a grammar worker")
+
+    async def prepared(self) -> None:
+        """Wait for that worker, if one is starting, and not for long."""
+        if self._preparing is not None:
+            await asyncio.wait((self._preparing,), timeout=PREPARED_S)
+
     async def close(self) -> None:
         """End the workers."""
+        if self._preparing is not None:
+            self._preparing.cancel()
+            await asyncio.wait((self._preparing,))
         for worker in self._free:
             await worker.kill()
         self._free.clear()
+
+    async def _prepare(self) -> None:
+        async with self._places:
+            worker = await _Worker.start(self._arguments)
+            if worker is not None:
+                self._free.append(worker)
 
     async def _try_out(self, grammar: Grammar) -> str | None:
         try:
@@ -81,10 +105,12 @@ class Guidance:
         worker: _Worker | None = None
         try:
             self._free = [worker for worker in self._free if worker.is_alive]
-            worker = self._free.pop() if self._free else await _Worker.start(self._arguments)
+            worker = self._free.pop() if self._free else await self._start()
             reason = await worker.verdict(grammar)
             if worker.is_alive:
                 self._free.append(worker)
+            else:
+                self.prepare()
             return reason
         except BaseException:
             if worker is not None:
@@ -92,6 +118,26 @@ class Guidance:
             raise
         finally:
             self._places.release()
+
+    async def _start(self) -> _Worker:
+        for _ in range(2):  # one may be killed by whoever makes room in memory
+            worker = await _Worker.start(self._arguments)
+            if worker is not None:
+                return worker
+        raise GenerationFailed("Server error: grammars cannot be compiled on this server")
+
+
+NICENESS = 10
+"""A tenth of a processor that others want as well: a start takes seconds then, a grammar of 30 ms a third of one."""
+
+
+def _step_back(pid: int) -> None:
+    """Let those who generate go first. A session is one group to Linux's scheduler, where there are such groups:
+    between groups only theirs counts."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, pid, NICENESS)
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/autogroup").write_text(str(NICENESS))
 
 
 class _Worker:
@@ -106,19 +152,28 @@ class _Worker:
         return not self._ended and self._process.returncode is None
 
     @classmethod
-    async def start(cls, arguments: Sequence[str]) -> _Worker:
+    async def start(cls, arguments: Sequence[str]) -> _Worker | None:
+        """None: it could not be started; the log has what it said."""
         started = time.perf_counter()
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "text_generation_router.guidance.worker", *arguments),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,  # what a library prints while it crashes
+            stderr=asyncio.subprocess.PIPE,  # until it is ready
             start_new_session=True,  # signals of a terminal are the router's
         )
+        _step_back(process.pid)
         worker = cls(process)
-        answer = await worker._answer(START_S)
+        try:
+            answer = await worker._answer(START_S)
+        except asyncio.CancelledError:
+            await worker.kill()
+            raise
         if answer is None:
-            raise GenerationFailed("Server error: grammars cannot be compiled on this server")
+            assert process.stderr is not None
+            said = (await process.stderr.read()).decode(errors="replace").strip().rpartition("\n")[2]
+            logger.error("The process that compiles grammars ended with code %s: %s", process.returncode, said)
+            return None
         logger.info("Grammars are compiled in process %d, ready in %.1f s", process.pid, time.perf_counter() - started)
         return worker
 

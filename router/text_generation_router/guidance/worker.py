@@ -27,17 +27,16 @@ TRIED_TOKENS = 32
 """Steps through the grammar, at random: what is small to compile may be large to walk."""
 MAX_REASON = 1000
 """Characters: the library quotes the grammar."""
-NICENESS = 10
-"""Those who generate go first, and get nine parts of ten where both want a processor."""
 MAX_MASK_S = 0.05
 """For one step. Every running stream waits for the mask of a guided one."""
 
 
 def main(argv: list[str]) -> None:
     die_with_parent()
-    os.nice(NICENESS)
     tokenizer = load_tokenizer(Path(argv[0]), int(argv[1]), [int(each) for each in argv[2:]])
     _limit_memory()
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stderr.fileno())  # what a library prints while it crashes
     print(json.dumps({"ready": True}), flush=True)  # noqa: T201  # its answers are its output
     for line in sys.stdin:
         given = json.loads(line)

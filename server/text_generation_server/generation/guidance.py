@@ -6,9 +6,12 @@ time that is known.
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,11 @@ class Guide:
             raise GuidanceFailed(f"the grammar came to its limits: {self._matcher.get_error()}")
 
 
+def _step_back() -> None:
+    if sys.platform == "linux":  # where each thread has a priority of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
 class Guidance:
     """The compiled grammars of a model. Every method may be called from any thread."""
 
@@ -64,6 +72,15 @@ class Guidance:
         self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
         self._lock = threading.Lock()
         self._loading = threading.Lock()
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="grammars", initializer=_step_back)
+
+    def prepare(self) -> None:
+        """Begin to load the tokenizer, on a thread: while it is read, half a second, no other Python code runs."""
+        self._background.submit(self._ready_tokenizer)
+
+    def compile_ahead(self, grammar: Grammar) -> Future[Any]:
+        """The same as `compile` on a thread that steps back behind whoever computes."""
+        return self._background.submit(self.compile, grammar)
 
     def compile(self, grammar: Grammar) -> Any:
         """A matcher at its beginning, which is to be copied. Raises: GrammarError."""
@@ -86,7 +103,7 @@ class Guidance:
         return guide
 
     def _ready_tokenizer(self) -> Any:
-        with self._loading:  # only where grammars are used: it takes a second
+        with self._loading:
             if self._tokenizer is None:
                 self._tokenizer = load_tokenizer(self._path, self._vocab_size, self._eos_token_ids)
             return self._tokenizer

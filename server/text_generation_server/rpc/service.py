@@ -67,7 +67,7 @@ class TextGenerationService(pb_grpc.TextGenerationServicer):
         if self._guidance is None:
             await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this shard knows no grammars")
         try:
-            await asyncio.to_thread(self._guidance.compile, grammars.from_proto(request.grammar))
+            await asyncio.wrap_future(self._guidance.compile_ahead(grammars.from_proto(request.grammar)))
         except GrammarError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         return pb.CompileGrammarResponse()
