@@ -170,12 +170,15 @@ ErrorBody = Callable[[int, str, str | None], dict[str, Any]]
 """Status, text and TGI's type of an error -> its body."""
 
 
+_OPENAI_PATHS = ("/v1/chat/", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/models")
+
+
 def _foreign_form(request: Request) -> ErrorBody | None:
     """The form of errors on paths that are not TGI's."""
     path = request.scope["path"]
     if path.startswith("/v1/messages"):
         return lambda status, message, code: anthropic_error_body(status, message)
-    return openai_error_body if path.startswith("/v1/") else None
+    return openai_error_body if path.startswith(_OPENAI_PATHS) else None
 
 
 def _json(status: int, body: object) -> Response:

@@ -476,3 +476,29 @@ async def test_reasoning_is_no_content() -> None:
     assert "".join(delta.get("content", "") for delta in deltas) == "Paris"
     (choice,) = (await ask({}, script=script))["choices"]
     assert choice["message"]["content"] == "<think>Hm.\n</think>\nParis"
+
+
+async def test_an_answer_that_obeys_a_grammar_is_no_reasoning_whatever_the_prompt_has_begun() -> None:
+    def script(queued: QueuedRequest) -> None:
+        assert queued.request.inputs.endswith("<think>")
+        scripted.say(queued, '{"a"', ": 1}")
+
+    template = scripted.CHAT_TEMPLATE.replace("<assistant>", "<assistant><think>")
+    body = {"messages": USER, "response_format": {"type": "regex", "regex": "[^x]*"}}
+    async with scripted.running(script=script, chat_template=template, reasoning_parser="think") as router:
+        router.inference._guidance.admit = lambda grammar: _nothing()  # type: ignore[method-assign]
+        message = (await router.client.post(PATH, json=body)).json()["choices"][0]["message"]
+    assert (message["content"], "reasoning_content" in message) == ('{"a": 1}', False)
+
+
+async def test_one_call_where_no_more_are_wanted() -> None:
+    def script(queued: QueuedRequest) -> None:
+        scripted.say(queued, *['<tool_call>{"name": "weather", "arguments": {}}</tool_call>'] * 2)
+
+    options: dict[str, Any] = {"script": script, "chat_template": TOOL_TEMPLATE}
+    for parallel, count in ((True, 2), (False, 1)):
+        body = {"tools": TOOLS, "parallel_tool_calls": parallel}
+        (choice,) = (await ask(body, **options))["choices"]
+        assert len(choice["message"]["tool_calls"]) == count
+        deltas = [chunk["choices"][0]["delta"] for chunk in await chunks(body, **options)]
+        assert {call["index"] for delta in deltas for call in delta.get("tool_calls", ())} == set(range(count))

@@ -94,7 +94,7 @@ async def test_from_start_to_drain(tmp_path: Path) -> None:
         ) as router,
     ):
         await router.read_until_ready()
-        assert set(router.lines[-1]["seconds"]) == {"connect", "warmup", "tokenizer"}
+        assert set(router.lines[-1]["seconds"]) == {"connect", "warmup", "tokenizer", "grammars"}
         headers = {"authorization": "Bearer k"}
         async with httpx2.AsyncClient(base_url=router.base, headers=headers, timeout=20) as client:
             answer = await client.post("/generate", json=BODY)

@@ -19,12 +19,9 @@ from text_generation_router.api.headers import embedding_headers
 from text_generation_router.api.reply import JSON, send_body
 from text_generation_router.api.served import Served
 from text_generation_router.embedding.embedder import Embedded, Embedder
-from text_generation_router.embedding.requests import TextsRequest, Vectors
+from text_generation_router.embedding.requests import VECTORS_AT_ONCE, TextsRequest, Vectors
 from text_generation_router.errors import ValidationError
 from text_generation_router.generate_request import U32
-
-VECTORS_AT_ONCE = 64
-"""Encoded before others get their turn on the event loop: milliseconds."""
 
 
 class EmbeddingsBody(msgspec.Struct, frozen=True, kw_only=True):

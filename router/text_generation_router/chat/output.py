@@ -151,11 +151,17 @@ class Calls:
     """Numbers and names the calls of an answer."""
 
     new_id: Callable[[int], str]
+    names: frozenset[str]
+    """Of the tools there are: whatever calls another is no call."""
     count: int = 0
 
     def begin(self, name: str) -> CallBegins:
         index, self.count = self.count, self.count + 1
         return CallBegins(index, self.new_id(index), name)
+
+
+MAX_UNKNOWN = 64 * 2**10
+"""Characters of a section that may still be none: what is read again then has to be bounded."""
 
 
 @dataclass(slots=True)
@@ -173,6 +179,8 @@ class CallStage:
     _reader: CallReader | None = None
     _begun: bool = False
     _num_before: int = 0
+    _size: int = 0
+    """Characters of the section so far."""
 
     def feed(self, text: str) -> Iterator[Delta]:
         while text or self._held:
@@ -192,6 +200,7 @@ class CallStage:
                 self._begun = True
                 self._reader, self._num_before = self.new_reader(self.calls), self.calls.count
                 self._raw, text = [text[kept : start + length]], text[start + length :]
+                self._size = 0
                 if not text:
                     return
             yield from self._read(text)
@@ -213,6 +222,9 @@ class CallStage:
             self._raw.append(text)
         deltas, rest = self._reader.feed(text)
         yield from deltas
+        self._size += len(text)
+        if self.calls.count == self._num_before and self._size > MAX_UNKNOWN:
+            self._reader.refused = True
         if self._reader.refused:
             self._reader = None
             raw, self._raw = "".join(self._raw), []
@@ -333,7 +345,9 @@ class JsonCalls:
         for _, part in parts:
             self._has_arguments = True
             self._waiting.append(part)
-        if self._call is None and "name" in scanner.strings:
+        if self._call is None and scanner.strings.get("name", "") not in self.calls.names and "name" in scanner.strings:
+            scanner.failed = True
+        elif self._call is None and "name" in scanner.strings:
             self._call = self.calls.begin(scanner.strings["name"])
             deltas.append(self._call)
         if self._call is not None and self._waiting:
@@ -404,6 +418,9 @@ class NamedCalls:
                 self.refused = not self._num_read
                 return deltas, self._text
             name, length = found
+            if name not in self.calls.names:
+                self.refused = not self._num_read
+                return deltas, self._text
             self._text = self._text[length:]
             self._call, self._scanner = self.calls.begin(name), _WholeObject(self.noise)
             deltas.append(self._call)
@@ -526,8 +543,11 @@ class XmlCalls:
                 self._num_searched = max(len(self._text) - len("</function>"), 1)
                 return deltas, None
             self._num_searched = 0
-            body, self._text = self._text[len("<function=") : end], self._text[end + len("</function>") :]
-            name, _, rest = body.partition(">")
+            name, _, rest = self._text[len("<function=") : end].partition(">")
+            if name.strip(_SPACE) not in self.calls.names:
+                self.refused = not self._num_read
+                return deltas, self._text
+            self._text = self._text[end + len("</function>") :]
             call = self.calls.begin(name.strip(_SPACE))
             deltas += [
                 call,

@@ -86,6 +86,10 @@ class Tools:
     """Whether it has to call one."""
     parallel: bool
 
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(tool.name for tool in self.tools)
+
     def schemas(self) -> Mapping[str, Mapping[str, Any]]:
         return {tool.name: tool.parameters for tool in self.tools}
 
@@ -157,7 +161,7 @@ def _json_stage(
         def reader(calls: Calls) -> CallReader:
             return JsonCalls(calls, end_marks=end, again=again)
 
-        return CallStage(marks, reader, Calls(new_id), at_beginning=at_beginning)
+        return CallStage(marks, reader, Calls(new_id, tools.names), at_beginning=at_beginning)
 
     return make
 
@@ -173,7 +177,7 @@ def _named_stage(
         def reader(calls: Calls) -> CallReader:
             return NamedCalls(calls, name_ends=name_ends, call_marks=call, end_marks=end, noise=noise)
 
-        return CallStage(marks, reader, Calls(new_id))
+        return CallStage(marks, reader, Calls(new_id, tools.names))
 
     return make
 
@@ -182,7 +186,7 @@ def _xml_stage(tools: Tools, new_id: Callable[[int], str]) -> CallStage:
     def reader(calls: Calls) -> CallReader:
         return XmlCalls(calls, tools.schemas(), ("</tool_call>",))
 
-    return CallStage(("<tool_call>",), reader, Calls(new_id))
+    return CallStage(("<tool_call>",), reader, Calls(new_id, tools.names))
 
 
 FORMATS = (
@@ -273,14 +277,15 @@ def forced_grammar(tools: Tools, form: ToolFormat, special_id: Callable[[str], i
         "anyOf": [
             {
                 "type": "object",
-                "properties": {"name": {"const": tool.name}, form.arguments: tool.parameters},
+                "properties": {"name": {"const": tool.name}, form.arguments: {"$ref": f"#/$defs/{index}"}},
                 "required": ["name", form.arguments],
                 "additionalProperties": False,
             }
-            for tool in tools.tools
-        ]
+            for index, tool in enumerate(tools.tools)
+        ],
+        "$defs": {str(index): _moved(tool.parameters, f"#/$defs/{index}") for index, tool in enumerate(tools.tools)},
     }
-    body = json.dumps(_hoisted(call))
+    body = json.dumps(call)
     if len(body) > MAX_BYTES:
         raise ToolError(f"the schemas of the tools have more than {MAX_BYTES} bytes")
     before, after = _lark(form.before, special_id), _lark(form.after, special_id)
@@ -315,12 +320,15 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if text else ""
 
 
-def _hoisted(call: dict[str, Any]) -> dict[str, Any]:
-    """Definitions of the tools' schemas at the root, where their references look for them."""
-    definitions: dict[str, Any] = {}
-    for option in call["anyOf"]:
-        for member in option["properties"].values():
-            for key in ("$defs", "definitions"):
-                if isinstance(member, dict) and isinstance(member.get(key), dict):
-                    definitions.setdefault(key, {}).update(member[key])
-    return {**call, **definitions}
+def _moved(schema: Any, place: str) -> Any:
+    """A schema that stands at another place than the root of its document, with references that find it there."""
+    if isinstance(schema, dict):
+        return {
+            key: place + value[1:]
+            if key == "$ref" and isinstance(value, str) and value.startswith("#")
+            else _moved(value, place)
+            for key, value in schema.items()
+        }
+    if isinstance(schema, list):
+        return [_moved(each, place) for each in schema]
+    return schema

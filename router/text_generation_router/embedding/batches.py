@@ -16,6 +16,7 @@ MAX_BATCHES_IN_FLIGHT = 2
 """One is computed, one waits for it: the shard never waits for the router."""
 TURN = 16
 """Texts that a request puts into a batch before it is another's turn."""
+WATCH_EVERY_S = 1.0
 METHOD = "embed"
 """The label of TGI's metrics."""
 NO_SHARD = "Could not connect to Text Generation server: no shard answers"
@@ -90,7 +91,7 @@ class EncoderBatcher:
         self._closed = False
 
     def ready(self) -> bool:
-        """Whether the shard has answered what it was asked last."""
+        """Whether the shard answers and makes progress."""
         return self._answers
 
     async def embed(self, texts: Sequence[Sequence[int]]) -> list[bytes]:
@@ -109,6 +110,7 @@ class EncoderBatcher:
         sent: set[Place] = set()
         try:
             async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._watch(), name="watching the shard")
                 while True:
                     while self._num_in_flight < MAX_BATCHES_IN_FLIGHT:
                         batch = fill_batch(self._jobs, self._max_tokens)
@@ -124,6 +126,12 @@ class EncoderBatcher:
             self._closed = True
             for job in {*self._jobs, *(job for job, _ in sent)}:
                 _fail(job, ShuttingDown())
+
+    async def _watch(self) -> None:
+        """Find a shard that hangs or is gone, whether anybody asks it for something or not; and one that is back."""
+        while True:
+            await asyncio.sleep(WATCH_EVERY_S)
+            self._answers = await self._shards.makes_progress()
 
     async def _compute(self, batch: list[Place], sent: set[Place]) -> None:
         texts = [job.texts[index] for job, index in batch]

@@ -23,6 +23,9 @@ from text_generation_router.metrics import Metrics
 from text_generation_router.shards.convert import EmbeddingInfo
 from text_generation_router.tokenizer import RouterTokenizer
 
+TEXTS_AT_ONCE = 64
+"""Of one request, in the queue of a model that generates: others stand there too."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embedded:
@@ -81,7 +84,7 @@ class EncoderEmbedder:
             tokenised_at = time.perf_counter()
             for text in texts:
                 self._metrics.request_input_length.observe(len(text))
-            vectors = finish(await self._batcher.embed(texts), request, self._info)
+            vectors = await finish(await self._batcher.embed(texts), request, self._info)
             return _embedded(vectors, texts, started_at, tokenised_at)
         finally:
             permit.release()
@@ -111,20 +114,21 @@ class SequenceEmbedder:
             tasks: list[asyncio.Task[bytes]] = []
             try:
                 async with asyncio.TaskGroup() as group:
-                    tasks += [group.create_task(self._one(ids, caller)) for ids in texts]
+                    places = asyncio.Semaphore(TEXTS_AT_ONCE)
+                    tasks += [group.create_task(self._one(ids, caller, places)) for ids in texts]
             except* RouterError as errors:
                 raise first_of(errors) from None
-            vectors = finish([task.result() for task in tasks], request, self._info)
+            vectors = await finish([task.result() for task in tasks], request, self._info)
             return _embedded(vectors, texts, started_at, tokenised_at)
         finally:
             permit.release()
 
-    async def _one(self, ids: list[int], caller: Caller) -> bytes:
+    async def _one(self, ids: list[int], caller: Caller, places: asyncio.Semaphore) -> bytes:
         request = GenerateRequest(
             "", GenerateParameters(max_new_tokens=1), more=MoreParameters(embeds=True), input_ids=tuple(ids)
         )
         # The request's permit stands for all of its texts.
-        async with await self._inference.start(request, caller, Permit(None)) as generation:
+        async with places, await self._inference.start(request, caller, Permit(None)) as generation:
             while await generation.next_events():
                 pass
             return generation.embedding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from array import array
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from text_generation_router.errors import ValidationError
 from text_generation_router.shards.convert import EmbeddingInfo
 from text_generation_router.tokenizer import RouterTokenizer
 
+VECTORS_AT_ONCE = 64
+"""In one turn on the event loop: milliseconds."""
 MAX_INPUTS = 2048
 """Texts of one request: OpenAI's limit."""
 
@@ -77,13 +80,18 @@ async def tokenise(
     return ids
 
 
-def finish(vectors: Sequence[bytes], request: TextsRequest, info: EmbeddingInfo) -> list[bytes]:
-    """Cut and normalize as asked."""
+async def finish(vectors: Sequence[bytes], request: TextsRequest, info: EmbeddingInfo) -> list[bytes]:
+    """Cut and normalize as asked; others get their turn meanwhile."""
     normalizes = info.normalizes if request.normalize is None else request.normalize
     width = request.dimensions or info.dimensions
     if not normalizes and width == info.dimensions:
         return list(vectors)
-    return [_finished(vector[: width * 4], normalizes=normalizes) for vector in vectors]
+    finished: list[bytes] = []
+    for vector in vectors:
+        if len(finished) % VECTORS_AT_ONCE == 0:
+            await asyncio.sleep(0)
+        finished.append(_finished(vector[: width * 4], normalizes=normalizes))
+    return finished
 
 
 def _finished(raw: bytes, *, normalizes: bool) -> bytes:

@@ -70,11 +70,11 @@ def schema(given: Any) -> Grammar:
     """Raises: ValidationError."""
     if not isinstance(given, dict | bool):
         raise ValidationError(f"{_INVALID}a schema must be an object")
-    if _depth(given) > MAX_DEPTH:
-        raise ValidationError(f"{_INVALID}the schema has more than {MAX_DEPTH} levels")
     source = json.dumps(given)
     if len(source) > MAX_BYTES:
         raise ValidationError(f"{_INVALID}the schema has more than {MAX_BYTES} bytes")
+    if _depth(given) > MAX_DEPTH:
+        raise ValidationError(f"{_INVALID}the schema has more than {MAX_DEPTH} levels")
     return Grammar(GrammarKind.JSON_SCHEMA, source)
 
 

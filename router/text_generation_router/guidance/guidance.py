@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from collections import OrderedDict
@@ -17,11 +18,12 @@ from pathlib import Path
 from text_generation_proto.grammars import Grammar, GrammarError
 
 from text_generation_router.errors import GenerationFailed, Overloaded, ValidationError
+from text_generation_router.guidance.limits import MAX_CPU_S
 
 logger = logging.getLogger(__name__)
 
-COMPILE_S = 3.0
-"""For one grammar. Those of real schemas take milliseconds."""
+COMPILE_S = 5.0
+"""For one grammar, in which it may take `worker.MAX_CPU_S` of a processor. Those of real schemas take milliseconds."""
 START_S = 60.0
 """Until a worker has loaded the tokenizer: a second, if the machine is not busy."""
 WAIT_S = 10.0
@@ -59,6 +61,7 @@ class Guidance:
             self._verdicts.move_to_end(key)
             reason = self._verdicts[key]
         else:
+            # Raises where there is none: another time there may be.
             reason = self._verdicts[key] = await self._try_out(grammar)
             while len(self._verdicts) > MAX_KNOWN:
                 self._verdicts.popitem(last=False)
@@ -68,6 +71,8 @@ class Guidance:
             await self._compile_on_shard(grammar)
         except GrammarError as error:
             raise ValidationError(f"grammar is not valid: {error}") from None
+        except TimeoutError:
+            raise Overloaded from None
         except Exception as error:
             raise GenerationFailed("Could not connect to Text Generation server: no shard answers") from error
 
@@ -115,6 +120,7 @@ class Guidance:
         except BaseException:
             if worker is not None:
                 await worker.kill()
+                self.prepare()
             raise
         finally:
             self._places.release()
@@ -178,7 +184,7 @@ class _Worker:
         return worker
 
     async def verdict(self, grammar: Grammar) -> str | None:
-        """What is wrong with the grammar, or None. A worker that has ended answers nothing any more."""
+        """What is wrong with the grammar, or None. Raises: Overloaded, where it cannot be said now."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # it has died meanwhile: it answers nothing
             self._process.stdin.write(
@@ -187,14 +193,20 @@ class _Worker:
             await self._process.stdin.drain()
         answer = await self._answer(COMPILE_S)
         if answer is None:
-            return f"it could not be compiled within {COMPILE_S:g} s and the memory there is for it"
+            code = self._process.returncode
+            if code == -signal.SIGPROF:
+                return f"compiling it takes more than {MAX_CPU_S:g} s of a processor"
+            if code == -signal.SIGKILL:  # ours, because the machine had no time, or the system's, for want of memory
+                raise Overloaded
+            return "it needs more memory than there is for it, or is more than the compiler can take"
         reason = answer["error"]
         return None if reason is None else str(reason)
 
     async def kill(self) -> None:
         self._ended = True
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
         await self._process.wait()
 
     async def _answer(self, limit_s: float) -> dict[str, object] | None:
@@ -205,6 +217,10 @@ class _Worker:
             async with asyncio.timeout(limit_s):
                 line = await self._process.stdout.readline()
         if not line.endswith(b"\n"):
+            if self._process.stdout.at_eof():  # it ends by itself: its exit code says why
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1):
+                        await self._process.wait()
             await self.kill()
             return None
         answer: dict[str, object] = json.loads(line)

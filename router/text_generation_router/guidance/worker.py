@@ -13,6 +13,7 @@ import json
 import os
 import random
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,8 @@ from typing import Any
 
 from text_generation_proto.grammars import Grammar, GrammarError, GrammarKind, load_tokenizer, new_matcher
 from text_generation_proto.lifeline import die_with_parent
+
+from text_generation_router.guidance.limits import MAX_CPU_S
 
 MAX_MEMORY_BYTES = 2 * 2**30
 """Address space, beyond what the process has once the tokenizer is loaded."""
@@ -40,7 +43,10 @@ def main(argv: list[str]) -> None:
     print(json.dumps({"ready": True}), flush=True)  # noqa: T201  # its answers are its output
     for line in sys.stdin:
         given = json.loads(line)
-        print(json.dumps({"error": verdict(tokenizer, given)}), flush=True)  # noqa: T201
+        signal.setitimer(signal.ITIMER_PROF, MAX_CPU_S)  # counts processor time, and its signal ends the process
+        answer = verdict(tokenizer, given)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps({"error": answer}), flush=True)  # noqa: T201
 
 
 def verdict(tokenizer: Any, given: dict[str, str]) -> str | None:

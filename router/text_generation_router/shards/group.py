@@ -117,7 +117,7 @@ class ShardGroup:
     async def compile_grammar(self, grammar: Grammar) -> None:
         """Have the rank that samples compile a grammar, ahead of the sequences that are to obey it.
 
-        Raises: GrammarError, ShardUnreachable.
+        Raises: GrammarError; TimeoutError where it has no time for it; ShardUnreachable.
         """
         request = pb.CompileGrammarRequest(grammar=to_proto(grammar))
         try:
@@ -125,7 +125,14 @@ class ShardGroup:
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
                 raise GrammarError(error.details() or "") from error
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise TimeoutError from error
             raise ShardUnreachable(error.details() or str(error.code())) from error
+
+    async def makes_progress(self) -> bool:
+        """Whether rank 0 answers, and what it does goes on; asks it."""
+        age_s = await self._clients[0].progress_age_s(_HEALTH_TIMEOUT_S)
+        return age_s is not None and age_s < STALL_LIMIT_S
 
     async def embed(self, texts: Sequence[Sequence[int]]) -> bytes:
         """Float32 [texts, dimensions], little endian, of an encoder.

@@ -186,10 +186,12 @@ def _head(recipe: Recipe, device: torch.device) -> nn.Module:
         try:
             weights = load_file(folder / "model.safetensors")
             weight, bias = weights["linear.weight"], weights.get("linear.bias")
-        except (OSError, KeyError) as error:
-            raise ConfigError(f"the layer in {folder.name} has no weights in safetensors format ({error!r})") from None
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-        layer.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+            layer.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
+        except Exception as error:  # a file that is missing, cut off, or of other shapes
+            raise ConfigError(
+                f"the layer in {folder.name} cannot be loaded from its model.safetensors ({first_line(error)})"
+            ) from error
         head.append(layer.float())
         head.append(_activation(str(settings.get("activation_function", "torch.nn.modules.activation.Tanh"))))
     return head.eval().requires_grad_(False).to(device)

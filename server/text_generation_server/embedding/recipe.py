@@ -105,7 +105,7 @@ def _modules(folder: Path) -> Iterator[tuple[str, str]]:
     """Type, without the package it is from, and folder of each module."""
     for module in read_json_objects(folder / MODULES_FILE):
         path = str(module.get("path") or "")
-        if Path(path).name != path:
+        if Path(path).name != path or path == "..":
             raise ConfigError(f"{MODULES_FILE} names a folder outside of the model's: `{path}`")
         yield str(module.get("type", "")).rpartition(".")[2], path
 

@@ -7,7 +7,9 @@ this one are read (``collect``). On a CPU the two simply follow each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from array import array
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,7 +21,7 @@ from text_generation_server.engine.inputs import build_inputs, split_passes
 from text_generation_server.engine.readback import Readback, Stopwatch
 from text_generation_server.engine.steps import Generation, PrefillLogprobs, Step, StepResult, Timings, TopTokens
 from text_generation_server.errors import InvalidStep
-from text_generation_server.generation.guidance import Guidance, GuidanceFailed
+from text_generation_server.generation.guidance import Allowed, Guidance, GuidanceFailed
 from text_generation_server.generation.sampler import (
     Sampled,
     SamplingRow,
@@ -115,10 +117,11 @@ class StepExecutor:
                 # Behind all that was launched before, ahead of whoever was given these blocks.
                 self._runner.zero_blocks(self._suspect_blocks)
                 self._suspect_blocks = []
+            ahead = self._allowed_ahead(rows) if self._is_leader else {}
             logits_SV, sampling_rows, input_ids_T = self._forward(rows, launched, previous)
             if sampling_rows:
                 if self._is_leader:
-                    sampling_rows = self._guided(sampling_rows, launched, previous)
+                    sampling_rows = self._guided(sampling_rows, launched, previous, ahead)
                 self._choose(logits_SV, sampling_rows, input_ids_T, launched)
             if launched.prompt_logprobs:
                 launched.prompt_readback = Readback(
@@ -273,30 +276,58 @@ class StepExecutor:
         entry = launched.prompt_logprobs.setdefault(sequence.sequence_id, (sequence, row.start, []))
         entry[2].append(known[:num_reported])
 
-    def _guided(self, rows: list[SamplingRow], launched: Launched, previous: Launched | None) -> list[SamplingRow]:
+    def _allowed_ahead(self, rows: list[Row]) -> dict[int, Future[Allowed]]:
+        """What grammars allow, by sequence id, found out on another thread while the model computes: for those whose
+        tokens are all known."""
+        if self._guidance is None:
+            return {}
+        return {
+            row.sequence.sequence_id: self._guidance.submit(self._allowed, row.sequence, _outputs(row.sequence))
+            for row in rows
+            if row.samples and row.sequence.grammar is not None and not row.sequence.num_pending
+        }
+
+    def _allowed(self, sequence: Sequence, outputs: array[int]) -> Allowed:
+        """What may follow these outputs. Raises: GrammarError, GuidanceFailed."""
+        assert self._guidance is not None and sequence.grammar is not None, "the engine sees to it"
+        if sequence.guide is None:
+            sequence.guide = self._guidance.guide(sequence.grammar, outputs)
+        sequence.guide.advance(outputs[sequence.guide.num_tokens :])
+        return sequence.guide.allowed()
+
+    def _guided(
+        self,
+        rows: list[SamplingRow],
+        launched: Launched,
+        previous: Launched | None,
+        ahead: Mapping[int, Future[Allowed]],
+    ) -> list[SamplingRow]:
         """The rows, with what the grammars of their sequences allow."""
         return [
-            row if sequence.grammar is None else self._guided_row(row, sequence, launched, previous)
+            row if sequence.grammar is None else self._guided_row(row, sequence, launched, previous, ahead)
             for row, (sequence, _) in zip(rows, launched.sampled, strict=True)
         ]
 
     def _guided_row(
-        self, row: SamplingRow, sequence: Sequence, launched: Launched, previous: Launched | None
+        self,
+        row: SamplingRow,
+        sequence: Sequence,
+        launched: Launched,
+        previous: Launched | None,
+        ahead: Mapping[int, Future[Allowed]],
     ) -> SamplingRow:
-        assert self._guidance is not None and sequence.grammar is not None, "the engine sees to it"
-        outputs = sequence.token_ids[sequence.num_prompt_tokens :]
-        if sequence.num_pending:
+        try:
+            if sequence.sequence_id in ahead:
+                return replace(row, allowed=ahead[sequence.sequence_id].result())
             # What the grammar allows depends on a token that is only on the device: here the host waits for it.
             assert previous is not None and previous.ids_S is not None
             sampled = [each is sequence for each, _ in previous.sampled].index(True)
-            outputs.append(int(previous.ids_S[sampled]))
-            if outputs[-1] < 0:
+            last_id = int(previous.ids_S[sampled])
+            if last_id < 0:
                 return row  # it has failed, which is known when that step is collected
-        try:
-            if sequence.guide is None:
-                sequence.guide = self._guidance.guide(sequence.grammar, outputs)
-            sequence.guide.advance(outputs[sequence.guide.num_tokens :])
-            return replace(row, allowed=sequence.guide.allowed())
+            outputs = _outputs(sequence)
+            outputs.append(last_id)
+            return replace(row, allowed=self._allowed(sequence, outputs))
         except (GrammarError, GuidanceFailed) as error:
             launched.unguided[sequence.sequence_id] = str(error)
             return row
@@ -314,6 +345,11 @@ class StepExecutor:
         """
         for sequence in sequences:
             self._suspect_blocks += sequence.unverified_blocks(self._limits.block_size)
+
+
+def _outputs(sequence: Sequence) -> array[int]:
+    """Its tokens behind the prompt, as far as the host knows them."""
+    return sequence.token_ids[sequence.num_prompt_tokens :]
 
 
 def _mean_states(sequences: Iterable[Sequence]) -> Tensor:

@@ -10,16 +10,21 @@ import os
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from text_generation_proto.grammars import Grammar, load_tokenizer, new_matcher
 
 MAX_COMPILED = 256
 """Grammars that are kept compiled, the most recently used ones. Their size is bounded where they are tried out."""
+
+NICENESS = 10
+"""Of a thread that compiles: a tenth of a processor that is wanted for steps as well."""
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 Allowed = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
@@ -58,7 +63,7 @@ class Guide:
 
 def _step_back() -> None:
     if sys.platform == "linux":  # where each thread has a priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
 
 
 class Guidance:
@@ -73,13 +78,26 @@ class Guidance:
         self._lock = threading.Lock()
         self._loading = threading.Lock()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="grammars", initializer=_step_back)
+        self._steps = ThreadPoolExecutor(1, thread_name_prefix="guided steps")
 
     def prepare(self) -> None:
         """Begin to load the tokenizer, on a thread: while it is read, half a second, no other Python code runs."""
         self._background.submit(self._ready_tokenizer)
 
+    def submit(
+        self, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Future[Result]:
+        """Work of a step, to be done while the model computes."""
+        return self._steps.submit(work, *args, **kwargs)
+
     def compile_ahead(self, grammar: Grammar) -> Future[Any]:
         """The same as `compile` on a thread that steps back behind whoever computes."""
+        with self._lock:
+            if (matcher := self._compiled.get(grammar)) is not None:
+                self._compiled.move_to_end(grammar)
+                done: Future[Any] = Future()
+                done.set_result(matcher)
+                return done
         return self._background.submit(self.compile, grammar)
 
     def compile(self, grammar: Grammar) -> Any:

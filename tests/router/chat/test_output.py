@@ -164,6 +164,10 @@ def test_how_the_text_is_cut_changes_nothing(name: str, text: str, cuts: list[in
 @example(name="json", text="[]")
 @example(name="json", text="[ ] a")
 @example(name="hermes", text="<tool_call></tool_call>")
+@example(name="json", text='{"name": "Bob", "age": 3} is a person')
+@example(name="hermes", text='a <tool_call>{"arguments": {"x": 1}, "name": "x"}</tool_call> b')
+@example(name="qwen3_coder", text="<tool_call><function=x><parameter=a>1</parameter></function></tool_call>")
+@example(name="mistral_named", text="[TOOL_CALLS]x[ARGS]{}")
 @example(name="mistral", text="a [TOOL_CALLS][] b")
 def test_what_is_no_call_is_content_to_the_last_character(name: str, text: str) -> None:
     content, _, calls = read(form(name).stage(TOOLS, counted_id), list(text))

@@ -152,8 +152,20 @@ def test_one_call_is_one_call(tmp_path: Path) -> None:
     assert matcher.is_stopped(), "nothing may follow"
 
 
-def test_definitions_of_a_schema_are_found() -> None:
-    schema = {"properties": {"a": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"type": "integer"}}}
-    tools = Tools((Tool("f", "", {"type": "object", **schema}),), True, False)
-    source = forced_grammar(tools, FORMATS[-1], lambda mark: None).source
-    assert json.loads(source.split("object: %json ")[1])["$defs"] == {"x": {"type": "integer"}}
+def test_definitions_of_different_tools_stay_apart(tmp_path: Path) -> None:
+    def tool(name: str, item: dict[str, Any]) -> Tool:
+        properties = {"a": {"$ref": "#/$defs/Item"}, "more": {"$ref": "#"}}
+        return Tool(name, "", {"type": "object", "properties": properties, "required": ["a"], "$defs": {"Item": item}})
+
+    tools = Tools((tool("f", {"type": "integer"}), tool("g", {"type": "boolean"})), True, False)
+    path = tmp_path / "tokenizer.json"
+    byte_tokenizer().save(str(path))
+    tokenizer = load_tokenizer(path, 320, [256])
+    grammar = forced_grammar(tools, FORMATS[-1], lambda mark: None)
+    for name, value, obeys in (("f", "1", True), ("g", "true", True), ("f", "true", False), ("g", "1", False)):
+        for text in (
+            f'{{"name": "{name}", "parameters": {{"a": {value}}}}}',
+            f'{{"name": "{name}", "parameters": {{"a": {value}, "more": {{"a": {value}}}}}}}',
+        ):
+            taken = new_matcher(tokenizer, grammar).consume_tokens(byte_tokenizer().encode(text).ids)
+            assert taken == obeys, text

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from text_generation_router.embedding import batches
 from text_generation_router.embedding.batches import NO_SHARD, TURN, EncoderBatcher, Job, fill_batch
 from text_generation_router.errors import GenerationFailed, ShuttingDown
 from text_generation_router.metrics import Metrics
@@ -67,6 +68,10 @@ class Shards:
         self.errors: list[Exception] = []
         self.gate = asyncio.Event()
         self.gate.set()
+        self.is_alive = True
+
+    async def makes_progress(self) -> bool:
+        return self.is_alive
 
     async def embed(self, texts: Sequence[Sequence[int]]) -> bytes:
         self.batches.append(list(texts))
@@ -116,6 +121,16 @@ async def test_a_batch_that_fails_fails_those_in_it(error: Exception, message: s
         assert batcher.ready() is ready
         assert await batcher.embed([[2]]) == raw(2)
         assert batcher.ready()
+
+
+async def test_a_shard_that_nobody_asks_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "WATCH_EVERY_S", 0.01)
+    shards = Shards()
+    async with running(shards) as batcher:
+        for alive in (False, True):
+            shards.is_alive = alive
+            await asyncio.sleep(0.05)
+            assert batcher.ready() is alive
 
 
 async def test_a_client_that_leaves_takes_its_texts_along() -> None:

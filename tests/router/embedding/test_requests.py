@@ -90,13 +90,13 @@ def vector(*values: float) -> bytes:
     return array("f", values).tobytes()
 
 
-def test_vectors_are_cut_and_then_normalized() -> None:
+async def test_vectors_are_cut_and_then_normalized() -> None:
     info = EmbeddingInfo(dimensions=4, shorter=frozenset({2}))
     given = [vector(3, 4, 12, 0), vector(0, 0, 0, 0)]
-    assert finish(given, TextsRequest(inputs=["a"]), info) == given
-    assert finish(given, TextsRequest(inputs=["a"], dimensions=2), info) == [vector(3, 4), vector(0, 0)]
-    short = finish(given, TextsRequest(inputs=["a"], dimensions=2, normalize=True), info)
+    assert await finish(given, TextsRequest(inputs=["a"]), info) == given
+    assert await finish(given, TextsRequest(inputs=["a"], dimensions=2), info) == [vector(3, 4), vector(0, 0)]
+    short = await finish(given, TextsRequest(inputs=["a"], dimensions=2, normalize=True), info)
     assert short == [vector(0.6, 0.8), vector(0, 0)]
     whole = EmbeddingInfo(dimensions=4, normalizes=True)
-    assert finish(given[:1], TextsRequest(inputs=["a"]), whole) == [vector(3 / 13, 4 / 13, 12 / 13, 0)]
-    assert finish(given, TextsRequest(inputs=["a"], normalize=False), whole) == given
+    assert await finish(given[:1], TextsRequest(inputs=["a"]), whole) == [vector(3 / 13, 4 / 13, 12 / 13, 0)]
+    assert await finish(given, TextsRequest(inputs=["a"], normalize=False), whole) == given

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 from builders import byte_tokenizer
 from text_generation_proto.grammars import Grammar, GrammarKind
-from text_generation_router.errors import ValidationError
+from text_generation_router.errors import Overloaded, ValidationError
 from text_generation_router.guidance import guidance as module
 from text_generation_router.guidance.guidance import Guidance
 
@@ -114,11 +114,27 @@ async def test_a_worker_that_is_stuck_is_replaced(guidance: Guidance, monkeypatc
     await guidance.admit(NUMBER)
     (stuck,) = workers(guidance)
     os.kill(stuck, signal.SIGSTOP)
-    with pytest.raises(ValidationError, match=r"could not be compiled within 0\.5 s"):
+    with pytest.raises(Overloaded):  # nothing is known of the grammar
         await guidance.admit(regex("a"))
-    await guidance.admit(regex("b"))
+    await guidance.prepared()
+    await guidance.admit(regex("a"))
     (new,) = workers(guidance)
     assert new != stuck
+
+
+async def test_a_grammar_that_takes_too_much_of_a_processor_is_refused_for_good(
+    guidance: Guidance, shard: Shard
+) -> None:
+    """The signal of the worker's own clock is what ends it then."""
+    await guidance.admit(NUMBER)
+    (stuck,) = workers(guidance)
+    os.kill(stuck, signal.SIGSTOP)
+    asyncio.get_running_loop().call_later(0.1, os.kill, stuck, signal.SIGPROF)
+    asyncio.get_running_loop().call_later(0.2, os.kill, stuck, signal.SIGCONT)
+    for _ in range(2):
+        with pytest.raises(ValidationError, match="takes more than 2 s of a processor"):
+            await guidance.admit(regex("a"))
+    assert shard.compiled == [NUMBER]
 
 
 async def test_a_worker_that_died_is_replaced(guidance: Guidance) -> None:

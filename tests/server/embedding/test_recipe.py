@@ -76,6 +76,7 @@ def test_prompts_that_are_left_out_of_the_pooling_are_none(tmp_path: Path) -> No
         ([{"type": "x.Transformer", "path": "0_T"}], MEAN, "`Transformer` in `0_T`"),
         ([TRANSFORMER, NORMALIZE], MEAN, "of the type `Normalize`"),
         ([{"type": "x.Pooling", "path": "../other"}], MEAN, "outside of the model's"),
+        ([{"type": "x.Pooling", "path": ".."}], MEAN, "outside of the model's"),
         ([TRANSFORMER, POOLING], {}, "names none"),
         ([TRANSFORMER, POOLING], {"pooling_mode": "median"}, "not supported: 'median'"),
     ],

@@ -27,6 +27,8 @@ def chat_of(body: MessagesBody) -> ChatBody:
             raise ValidationError(f"`{name}` is not supported")
     if body.service_tier not in (None, "auto", "standard_only"):
         raise ValidationError(f"`service_tier` {body.service_tier} is not supported")
+    if body.thinking is not None and body.thinking.type != "disabled":
+        raise ValidationError("`thinking` cannot be asked for: this model thinks, or not, as its chat template says")
     choice = body.tool_choice
     tool_choice: str | NamedTool | None = None
     if choice is not None:
@@ -47,7 +49,7 @@ def chat_of(body: MessagesBody) -> ChatBody:
         top_p=body.top_p,
         top_k=body.top_k,
         tools=tools,
-        tool_choice=tool_choice if tools else None,
+        tool_choice=tool_choice,
         parallel_tool_calls=False if one_call and tools else None,
     )
 
@@ -83,8 +85,10 @@ def _turn(turn: Turn) -> Iterable[MessageBody]:
                 pass
             case ToolUseBlock(call_id, name, given):
                 calls.append(ToolCall(FunctionCall(name, given), call_id))
-            case ToolResultBlock(call_id, content, _):
-                yield MessageBody("tool", _result(content), tool_call_id=call_id)
+            case ToolResultBlock(call_id, content, is_error):
+                # Templates know no results that failed: the model has to read it.
+                result = f"Error: {_result(content)}" if is_error else _result(content)
+                yield MessageBody("tool", result, tool_call_id=call_id)
             case _:
                 kind = block.__struct_config__.tag
                 raise ValidationError(f"content of the type `{kind}` is not supported: this model reads text")

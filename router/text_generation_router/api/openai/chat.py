@@ -240,11 +240,13 @@ class Chat:
         if self.tools is not None and self.form is not None:
             stage = self.form.stage(self.tools, counted_id if self.is_tgis else self.form.new_id)
             marks = self.form.all_marks
-        if self.reasoning is not None:
+        # What obeys a grammar has no room for a thought, whatever the prompt has begun.
+        if self.reasoning is not None and self.request.more.grammar is None:
             begin, end = self.reasoning
             inside = self.request.inputs.rstrip().endswith(begin)
             stage, marks = ReasoningStage(begin, end, stage, inside), (*marks, begin, end)
-        return ChatText(ChoiceText(self.request.parameters.stop, marks), stage)
+        one_call = self.tools is not None and not self.tools.parallel
+        return ChatText(ChoiceText(self.request.parameters.stop, marks), stage, one_call=one_call)
 
 
 class _ChatFrames:

@@ -17,6 +17,8 @@ class ChatText:
 
     choice: ChoiceText
     stage: Stage
+    one_call: bool = False
+    """Whether calls behind the first are left out."""
     num_calls: int = 0
 
     def add(self, event: TokenEvent) -> tuple[list[Part], list[TokenEvent]]:
@@ -25,6 +27,8 @@ class ChatText:
         parts = list(self.stage.feed(piece.text))
         if self.choice.finish_reason is not None:
             parts += self.stage.end()
+        if self.one_call:
+            parts = [part for part in parts if not (isinstance(part, CallBegins | CallArguments) and part.index > 0)]
         self.num_calls += sum(isinstance(part, CallBegins) for part in parts)
         return parts, piece.tokens
 

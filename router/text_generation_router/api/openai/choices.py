@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
@@ -25,6 +26,8 @@ class Choices:
         self._permits: list[Permit] = []
         self._generations: list[Generation | None] = []
         self._waiting: dict[asyncio.Task[list[Event]], int] = {}
+        self._done: deque[asyncio.Task[list[Event]]] = deque()
+        """Of these, those that are known to have ended."""
         self._later: dict[int, list[tuple[int, GenerateRequest]]] = {}
 
     async def start(self, requests: Sequence[GenerateRequest], num_copies: int) -> None:
@@ -46,8 +49,10 @@ class Choices:
             return await self._next_of_one()
         if not self._waiting:
             return None
-        done, _ = await asyncio.wait(self._waiting, return_when=asyncio.FIRST_COMPLETED)
-        task = next(task for task in self._waiting if task in done)
+        if not self._done:
+            ended, _ = await asyncio.wait(self._waiting, return_when=asyncio.FIRST_COMPLETED)
+            self._done.extend(task for task in self._waiting if task in ended)
+        task = self._done.popleft()
         index = self._waiting.pop(task)
         events = task.result()
         if later := self._later.pop(index, None):

@@ -26,7 +26,7 @@ from text_generation_router.api.openai.schemas import (
 from text_generation_router.api.reply import JSON, send_body
 from text_generation_router.api.schemas import as_f32
 from text_generation_router.api.sse import EventStreamResponse, frame, relay
-from text_generation_router.errors import BatchTooLarge, RouterError
+from text_generation_router.errors import BatchTooLarge, RouterError, ValidationError
 from text_generation_router.generate_request import GenerateRequest
 from text_generation_router.scheduling.requests import Event, PrefillEvent, PrefillToken, TokenEvent
 
@@ -113,6 +113,10 @@ class CompletionRoutes:
         prompts = prompts_of(body.prompt)
         if len(prompts) > self._answers.max_client_batch_size:
             raise BatchTooLarge(self._answers.max_client_batch_size)
+        longest = self._answers.inference.limits.max_input_tokens
+        for prompt in prompts:
+            if isinstance(prompt, tuple) and len(prompt) > longest:
+                raise ValidationError(f"`prompt` must have at most {longest} tokens. Given: {len(prompt)}")
         decode = self._answers.tokenizer.tokenizer.decode
         return [
             GenerateRequest(prompt, parameters, more=more)

@@ -126,6 +126,10 @@ def chat_of(body: ResponsesBody) -> ChatBody:
         raise ValidationError(f"`include` of {body.include[0]} is not supported")
     if body.text is not None and body.text.verbosity not in (None, "medium"):
         raise ValidationError("`verbosity` is not supported: say in a message how long the answer should be")
+    if body.reasoning is not None and (body.reasoning.summary or body.reasoning.generate_summary):
+        raise ValidationError("summaries of `reasoning` are not supported: it is answered as it is")
+    if isinstance(body.stream_options, dict) and body.stream_options.get("include_obfuscation"):
+        raise ValidationError("`include_obfuscation` is not supported")
     form = body.text.format if body.text is not None else None
     tools = [_tool(tool) for tool in body.tools or ()]
     messages = [] if body.instructions is None else [MessageBody("system", body.instructions)]
@@ -141,7 +145,7 @@ def chat_of(body: ResponsesBody) -> ChatBody:
         temperature=body.temperature,
         top_p=body.top_p,
         tools=tools or None,
-        tool_choice=_choice(body.tool_choice) if tools else None,
+        tool_choice=_choice(body.tool_choice),
         parallel_tool_calls=body.parallel_tool_calls if tools else None,
         response_format=None if form is None or form.type == "text" else _format(form),
         reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
@@ -178,7 +182,7 @@ def _messages(items: Iterable[dict[str, Any]]) -> list[MessageBody]:
             match kind:
                 case "message":
                     message = msgspec.convert(item, MessageItem)
-                    messages.append(MessageBody(message.role, _text(message.content)))
+                    _add_message(messages, MessageBody(message.role, _text(message.content)))
                 case "function_call":
                     call = msgspec.convert(item, CallItem)
                     _add_call(messages, ToolCall(FunctionCall(call.name, call.arguments), call.call_id))
@@ -194,6 +198,15 @@ def _messages(items: Iterable[dict[str, Any]]) -> list[MessageBody]:
         except msgspec.ValidationError as error:
             raise ValidationError(f"an item of `input` is none of the type `{kind}`: {error}") from None
     return messages
+
+
+def _add_message(messages: list[MessageBody], message: MessageBody) -> None:
+    last = messages[-1] if messages else None
+    is_thought = last is not None and last.role == message.role and not last.content and not last.tool_calls
+    if last is not None and is_thought:
+        messages[-1] = msgspec.structs.replace(last, content=message.content)
+    else:
+        messages.append(message)
 
 
 def _add_call(messages: list[MessageBody], call: ToolCall) -> None:
