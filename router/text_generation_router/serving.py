@@ -160,7 +160,11 @@ def _generating_routes(
         messages=MessageRoutes(answers, chat),
         responses=ResponseRoutes(answers, chat),
         vertex=VertexRoutes(
-            inference, chat, payload_limit=flags.payload_limit, max_client_batch_size=flags.max_client_batch_size
+            inference,
+            backend.metrics,
+            chat,
+            payload_limit=flags.payload_limit,
+            max_client_batch_size=flags.max_client_batch_size,
         ),
     )
 

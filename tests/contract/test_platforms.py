@@ -42,8 +42,11 @@ async def test_vertex() -> None:
         scripted.say(queued, f"{queued.request.inputs}:{queued.request.sampling.do_sample}")
 
     instances = [{"inputs": "a", "parameters": {"max_new_tokens": 5, "seed": 3}}, {"messages": USER, "temperature": 0}]
-    status, answer = await post("/vertex", {"instances": instances}, script=script)
-    assert (status, answer) == (200, {"predictions": ["a:True", "<user>Hi</s><assistant>:False"]})
+    async with scripted.running(script=script) as router:
+        response = await router.client.post("/vertex", json={"instances": instances})
+        assert response.status_code == 200
+        assert response.json() == {"predictions": ["a:True", "<user>Hi</s><assistant>:False"]}
+        assert (router.metrics.request_count.value(), router.metrics.request_success.value()) == (1, 1)
 
 
 @pytest.mark.parametrize(

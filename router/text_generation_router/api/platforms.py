@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
+from text_generation_router.api.accounting import counted, record_success
 from text_generation_router.api.body import decode, read_json
 from text_generation_router.api.caller import caller_of
 from text_generation_router.api.disconnect import until_disconnect
@@ -17,7 +19,8 @@ from text_generation_router.api.openai.chat import ChatRoutes
 from text_generation_router.api.reply import JSON, send_body
 from text_generation_router.errors import ValidationError, WrongJson, first_of
 from text_generation_router.generate_request import GenerateParameters, GenerateRequest
-from text_generation_router.inference import Inference
+from text_generation_router.inference import GenerationResult, Inference
+from text_generation_router.metrics import Metrics
 
 _raw_members = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _encode = msgspec.json.Encoder().encode
@@ -82,9 +85,16 @@ class SharedPaths:
 
 class VertexRoutes:
     def __init__(
-        self, inference: Inference, chat: ChatRoutes, *, payload_limit: int, max_client_batch_size: int
+        self,
+        inference: Inference,
+        metrics: Metrics,
+        chat: ChatRoutes,
+        *,
+        payload_limit: int,
+        max_client_batch_size: int,
     ) -> None:
         self._inference = inference
+        self._metrics = metrics
         self._chat = chat
         self._payload_limit = payload_limit
         self._max_client_batch_size = max_client_batch_size
@@ -100,15 +110,22 @@ class VertexRoutes:
         await send_body(send, _encode(VertexAnswer(texts)), JSON)
 
     async def _predict(self, scope: Scope, instances: list[msgspec.Raw]) -> list[str]:
+        """One request in the metrics, a line of log for each of its generations."""
+        started_at = time.perf_counter()
         requests = [await self._request(bytes(instance)) for instance in instances]
         caller = caller_of(scope)
-        tasks: list[asyncio.Task[Any]] = []
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks += [group.create_task(self._inference.generate(request, caller)) for request in requests]
-        except* Exception as errors:
-            raise first_of(errors) from None
-        return [task.result().best.finished.generated_text for task in tasks]
+        tasks: list[asyncio.Task[GenerationResult]] = []
+        with counted(self._metrics, "vertex"):
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks += [group.create_task(self._inference.generate(request, caller)) for request in requests]
+            except* Exception as errors:
+                raise first_of(errors) from None
+        total_s = time.perf_counter() - started_at
+        results = [task.result() for task in tasks]
+        for request, result in zip(requests, results, strict=True):
+            record_success(self._metrics, "vertex", request.parameters, result.best.finished, total_s)
+        return [result.best.finished.generated_text for result in results]
 
     async def _request(self, instance: bytes) -> GenerateRequest:
         members = decode(instance, _raw_members)
