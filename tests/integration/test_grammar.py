@@ -79,8 +79,9 @@ def guided(number: int, grammar: dict[str, Any], most: int) -> dict[str, Any]:
     return body(f"Question {number}:", max_new_tokens=most, do_sample=True, seed=number, grammar=grammar, details=True)
 
 
-def test_200_schemas(embedded: Launched) -> None:
-    schemas = [schema_number(number) for number in range(NUM_SCHEMAS)]
+@pytest.mark.parametrize("count", [NUM_SCHEMAS // 4, pytest.param(NUM_SCHEMAS, marks=pytest.mark.slow)])
+def test_schemas(embedded: Launched, count: int) -> None:
+    schemas = [schema_number(number) for number in range(count)]
     requests = [guided(i, {"type": "json", "value": schema}, 150) for i, schema in enumerate(schemas)]
     # Free ones among them, which nothing holds back.
     free = [body("Once upon a time", max_new_tokens=20, details=True) for _ in range(20)]
@@ -92,8 +93,8 @@ def test_200_schemas(embedded: Launched) -> None:
             jsonschema.validate(json.loads(answer["generated_text"]), schema)
         else:
             assert answer["details"]["finish_reason"] == "length"
-    assert finished > NUM_SCHEMAS / 2
-    assert len({answer["generated_text"] for answer in answers[NUM_SCHEMAS:]}) == 1
+    assert finished > count / 2
+    assert len({answer["generated_text"] for answer in answers[count:]}) == 1
 
 
 PATTERNS = [
@@ -168,7 +169,12 @@ def test_it_can_be_switched_off() -> None:
         assert response.json()["error"] == "Input validation error: grammar is not supported"
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+QUICK = ("64 levels", "a long count", "a class of unicode", "itself")
+
+
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in HOSTILE if n not in QUICK)]
+)
 def test_a_hostile_grammar_is_refused_or_obeyed(embedded: Launched, name: str) -> None:
     grammar = HOSTILE[name]
     response = embedded.client.post(
