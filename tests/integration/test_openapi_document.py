@@ -19,7 +19,7 @@ KEY = "key-of-the-test"
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_the_server_does_what_its_document_says() -> None:
+def test_the_server_does_what_its_document_says(tmp_path: Path) -> None:
     with serving("--max-total-tokens", "256", "--api-key", KEY) as server:
         run = subprocess.run(
             [
@@ -27,6 +27,7 @@ def test_the_server_does_what_its_document_says() -> None:
                 *("--phases", "examples,coverage,fuzzing,stateful", "--checks", ",".join(CHECKS)),
                 *("--max-examples", "100", "--seed", "1", "--header", f"Authorization: Bearer {KEY}"),
             ],
+            cwd=tmp_path,  # it keeps what it finds
             capture_output=True,
             text=True,
         )
