@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import secrets
 import string
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -109,7 +109,7 @@ class ReasoningStage:
             yield from self.feed(answer)
             return
         # White space at the end may stand before the mark, and then it is no part of the reasoning.
-        safe = len(self._held) - _beginning(self._held, (self.end_mark,))
+        safe = len(self._held) - longest_beginning(self._held, (self.end_mark,))
         safe = len(self._held[:safe].rstrip(_SPACE))
         if safe:
             yield Reasoning(self._held[:safe])
@@ -247,7 +247,7 @@ class CallStage:
             if not start:
                 self._held = text
                 return None
-        hold = _beginning(text, self.marks)
+        hold = longest_beginning(text, self.marks)
         # White space before a mark is no content.
         kept = len(text[: len(text) - hold].rstrip(_SPACE)) if self.marks else len(text)
         self._held = text[kept:]
@@ -259,8 +259,8 @@ class CallStage:
             yield Content(text)
 
 
-def _beginning(text: str, marks: tuple[str, ...]) -> int:
-    """Characters at the end of ``text`` that a mark may begin with."""
+def longest_beginning(text: str, marks: Sequence[str]) -> int:
+    """Characters at the end of ``text`` that a mark, or a stop text, may begin with; never all of one."""
     longest = 0
     for mark in marks:
         for size in range(min(len(mark) - 1, len(text)), longest, -1):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from text_generation_router.chat.output import longest_beginning
 from text_generation_router.scheduling.requests import FinishReason, TokenEvent
 
 
@@ -71,14 +72,3 @@ class ChoiceText:
         tokens = [event for _, event in self._tokens[:count]]
         self._tokens = [(end - size, event) for end, event in self._tokens[count:]]
         return Piece(text, tokens)
-
-
-def longest_beginning(text: str, stops: Sequence[str]) -> int:
-    """Characters at the end of ``text`` that a stop text may begin with; all of one would have ended the answer."""
-    longest = 0
-    for stop in stops:
-        for size in range(min(len(stop) - 1, len(text)), longest, -1):
-            if text.endswith(stop[:size]):
-                longest = size
-                break
-    return longest
