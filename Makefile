@@ -7,7 +7,7 @@ MODEL_ID ?=
 ARGS ?=
 PROTO := text_generation_proto/v1/generate.proto
 
-.PHONY: install clients schemathesis run test test-slow test-gpu check fmt lint types proto proto-check bench bench-gpu docker-lint clean
+.PHONY: install clients schemathesis run test test-slow test-faults soak fuzz test-gpu check fmt lint types proto proto-check bench bench-gpu docker-lint clean
 
 # One stamp for the whole environment: rebuilt when what it is made from changes.
 $(VENV)/.installed: pyproject.toml .ci/constraints.txt
@@ -48,6 +48,24 @@ test: install clients
 
 test-slow: install clients schemathesis
 	$(PYTEST) -m slow
+
+# Real signals, broken connections, hostile models: every fault of docs/reliability.md, and its table anew.
+FAULTS := build/faults.jsonl
+
+test-faults: install
+	@mkdir -p $(dir $(FAULTS)); rm -f $(FAULTS)
+	FAULTS_TABLE=$(FAULTS) $(PYTEST) -m fault
+	$(BIN)/python tests/faults/table.py --results $(FAULTS) --output docs/reliability.md
+
+# Load, bad input, clients that leave and shards that are killed, all at once, for SOAK_MINUTES.
+SOAK_MINUTES ?= 30
+
+soak: install
+	$(BIN)/python tests/faults/soak.py --minutes $(SOAK_MINUTES)
+
+# Bodies that nobody would send, of every route.
+fuzz: install
+	$(BIN)/python tests/faults/fuzz.py --bodies 100000
 
 # The gate, the quick ones first.
 check: lint types proto-check test

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,30 @@ def pytest_configure(config: pytest.Config) -> None:
     """Triton kernels run in Triton's interpreter, on the CPU, unless it is the GPU that is tested."""
     if config.getoption("markexpr") != "gpu":  # before anybody imports triton
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+FAULTS_TABLE = "FAULTS_TABLE"
+"""Environment variable: the file that gets a line for every test of a fault, for the table of the documents."""
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    for mark in item.iter_markers("fault"):
+        if not any(name == "fault" for name, _ in item.user_properties):
+            item.user_properties.append(("fault", list(mark.args)))
+    yield
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """With workers beside it this runs where their reports come together."""
+    properties: dict[str, Any] = dict(report.user_properties)
+    path = os.environ.get(FAULTS_TABLE)
+    if path is None or "fault" not in properties or "PYTEST_XDIST_WORKER" in os.environ or report.when != "call":
+        return
+    number, what, expected = properties["fault"]
+    found = str(properties.get("seen", "as expected")) if report.passed else "**failed**"
+    with Path(path).open("a") as table:
+        table.write(json.dumps({"fault": number, "what": what, "expected": expected, "seen": found}) + "\n")
 
 
 MakeModel = Callable[..., Path]

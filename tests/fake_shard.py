@@ -53,6 +53,11 @@ class FakeShard(TextGenerationServicer):
     """That many of the next steps fail as a whole."""
     poisoned_token: int | None = None
     """A sequence whose prompt holds it fails alone."""
+    crash_token: int | None = None
+    """A step that computes a sequence whose prompt holds it fails as a whole."""
+    out_of_memory: bool = False
+    """Whether that is why steps fail."""
+    incarnation: int = 1
     epoch: int = 0
     sequences: dict[int, EchoSequence] = field(default_factory=dict)
     warmups: list[pb.WarmupRequest] = field(default_factory=list)
@@ -60,11 +65,13 @@ class FakeShard(TextGenerationServicer):
     kv: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """What each slot holds of a token depends on it and on all before it: so here they are."""
     last_unary_step: int = 0
+    epoch_failed: int = -1
+    """The epoch in which a step failed: it takes no others."""
 
     async def Info(self, request: pb.InfoRequest, context: Any) -> pb.InfoResponse:
         return pb.InfoResponse(
             launcher_nonce=self.nonce,
-            incarnation=1,
+            incarnation=self.incarnation,
             rank=self.rank,
             world_size=len(self.urls),
             urls=self.urls,
@@ -83,7 +90,7 @@ class FakeShard(TextGenerationServicer):
 
     async def Health(self, request: pb.HealthRequest, context: Any) -> pb.HealthResponse:
         return pb.HealthResponse(
-            incarnation=1,
+            incarnation=self.incarnation,
             epoch=self.epoch,
             num_sequences=len(self.sequences),
             num_blocks=self.num_blocks if self.warmups else 0,
@@ -134,12 +141,13 @@ class FakeShard(TextGenerationServicer):
     def run(self, step: pb.StepRequest) -> pb.StepResult:
         self.num_steps += 1
         result = pb.StepResult(epoch=step.epoch, step_id=step.step_id)
-        if step.epoch != self.epoch or self.fail_steps:
+        if step.epoch != self.epoch or self.epoch == self.epoch_failed or self.fail_steps:
             self.fail_steps = max(self.fail_steps - 1, 0)
-            result.failure.message = "made to fail"
-            return result
+            return self._refuse(result)
         for sequence_id in step.drops:
             self.sequences.pop(sequence_id, None)
+        if self._crashes(step):
+            return self._refuse(result)
         for new in step.prefill.new_sequences:
             assert new.num_cached_tokens < len(new.token_ids)
             self.sequences[new.sequence_id] = EchoSequence(
@@ -160,6 +168,18 @@ class FakeShard(TextGenerationServicer):
         result.timings.num_decode_rows = len(step.decode.sequence_ids)
         if self.rank:
             del result.generations[:]
+        return result
+
+    def _crashes(self, step: pb.StepRequest) -> bool:
+        prompts = {new.sequence_id: new.token_ids for new in step.prefill.new_sequences}
+        prompts |= {sequence_id: sequence.new.token_ids for sequence_id, sequence in self.sequences.items()}
+        rows = [*step.decode.sequence_ids, *(chunk.sequence_id for chunk in step.prefill.chunks)]
+        return any(self.crash_token in prompts[sequence_id] for sequence_id in rows)
+
+    def _refuse(self, result: pb.StepResult) -> pb.StepResult:
+        self.epoch_failed = result.epoch
+        result.failure.message = "made to fail"
+        result.failure.out_of_memory = self.out_of_memory
         return result
 
     def _prefill(self, chunk: pb.Chunk, result: pb.StepResult) -> None:

@@ -21,6 +21,7 @@ from text_generation_router.chat.template import ChatTemplate, ChatTemplates
 from text_generation_router.config import Limits, RouterConfig, RouterFlags
 from text_generation_router.draining import Drain
 from text_generation_router.embedding.embedder import SequenceEmbedder
+from text_generation_router.errors import RouterError
 from text_generation_router.guidance.guidance import Guidance
 from text_generation_router.inference import Inference
 from text_generation_router.listening import HttpServer, bind
@@ -124,6 +125,21 @@ class ScriptedBatcher:
     def ready(self) -> bool:
         return self.is_ready
 
+    @property
+    def num_waiting(self) -> int:
+        return len(self.running)
+
+    def retry_after_s(self) -> int:
+        return 7
+
+    def expire(self, queued: QueuedRequest, error: RouterError) -> None:
+        if queued in self.running:
+            self.running.remove(queued)
+            queued.stream.fail(error)
+
+    def drain(self) -> None:
+        pass
+
 
 @dataclass
 class Router:
@@ -204,13 +220,16 @@ async def running(
     *,
     script: Script = hello,
     max_concurrent_requests: int = 128,
+    max_queue_size: int | None = None,
     api_key: str | None = None,
     origins: tuple[str, ...] = (),
     payload_limit: int = 2_000_000,
     full_text_by_default: bool = True,
     chat_template: str | None = CHAT_TEMPLATE,
     reasoning_parser: str | None = None,
+    safe_special_tokens: bool = False,
     over_socket: bool = False,
+    max_connections: int | None = None,
     **limit_changes: Any,
 ) -> AsyncIterator[Router]:
     """A router and a client of it: in process, or ``over_socket`` through uvicorn."""
@@ -219,14 +238,27 @@ async def running(
     tokenizer = RouterTokenizer(byte_tokenizer(), vocab_size=the_limits.vocab_size, num_workers=2)
     batcher = ScriptedBatcher(script)
     guidance = Guidance("no tokenizer", the_limits.vocab_size, [256], compile_on_shard=_compiled)
-    inference = Inference(cast("Batcher", batcher), tokenizer, the_limits, metrics, max_concurrent_requests, guidance)
+    inference = Inference(
+        cast("Batcher", batcher),
+        tokenizer,
+        the_limits,
+        metrics,
+        max_concurrent_requests,
+        guidance,
+        max_queue_size=max_queue_size,
+    )
     service = ServiceRoutes(tokenizer, inference, metrics, info(), payload_limit=payload_limit)
     drain = Drain()
     templates = None
     if chat_template is not None:
         template = ChatTemplate(chat_template, {"eos_token": "</s>"})
         templates = ChatTemplates(template, template)
-    flags = RouterFlags(payload_limit=payload_limit, compute_type="cpu", reasoning_parser=reasoning_parser)
+    flags = RouterFlags(
+        payload_limit=payload_limit,
+        compute_type="cpu",
+        reasoning_parser=reasoning_parser,
+        safe_special_tokens=safe_special_tokens,
+    )
     backend = Backend(
         info=shard_info(pipeline_tag=None if full_text_by_default else "conversational"),
         tokenizer=tokenizer,
@@ -245,7 +277,7 @@ async def running(
     server = None
     if over_socket:
         sock = bind("127.0.0.1", 0)
-        server = HttpServer(app, sock)
+        server = HttpServer(app, sock, max_connections=max_connections)
         await server.listen()
         host, port = sock.getsockname()
         limits_of_client = httpx2.Limits(max_connections=None, max_keepalive_connections=None)

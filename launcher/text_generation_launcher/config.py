@@ -25,8 +25,6 @@ REFUSED = {
     "otlp_endpoint": (),
     "otlp_service_name": (OTLP_SERVICE_NAME,),
     "lora_adapters": (),
-    "watermark_gamma": (),
-    "watermark_delta": (),
     "ngrok": (),
     "ngrok_authtoken": (),
     "ngrok_edge": (),
@@ -38,6 +36,7 @@ POSITIVE = (
     "max_concurrent_requests",
     "max_batch_size",
     "max_inter_token_latency_ms",
+    "max_queue_size",
     "max_batch_prefill_tokens",
     "max_batch_total_tokens",
     "master_port",
@@ -161,6 +160,14 @@ def _check_numbers(flags: Flags, max_input_tokens: int | None) -> None:
     # Comparisons with nan are false: the command line's own limits let it pass.
     if flags.waiting_served_ratio is not None and not 0 <= flags.waiting_served_ratio < math.inf:
         raise ArgumentValidation(f"`waiting_served_ratio` must be >= 0 and finite. Given: {flags.waiting_served_ratio}")
+    if not 0 < flags.stall_timeout < math.inf:
+        raise ArgumentValidation(f"`stall_timeout` must be > 0 and finite. Given: {flags.stall_timeout}")
+    if flags.watermark_gamma is not None and not 0 < flags.watermark_gamma < 1:
+        raise ArgumentValidation(f"`watermark_gamma` must be > 0 and < 1. Given: {flags.watermark_gamma}")
+    if flags.watermark_delta is not None and not -100 < flags.watermark_delta < 100:
+        raise ArgumentValidation(f"`watermark_delta` must be > -100 and < 100. Given: {flags.watermark_delta}")
+    if (flags.tls_cert is None) != (flags.tls_key is None):
+        raise ArgumentValidation("`tls_cert` and `tls_key` come together: give both, or none")
     if not 0 < flags.cuda_memory_fraction <= 1:
         raise ArgumentValidation(f"`cuda_memory_fraction` must be > 0 and <= 1. Given: {flags.cuda_memory_fraction}")
 

@@ -204,6 +204,10 @@ class Flags:
         int | None,
         number("--prometheus-port", help="Serve /metrics on this port too; default: on --port alone.", max=65535),
     ] = None
+    tls_cert: Annotated[
+        str | None, option("--tls-cert", help="Certificate chain in PEM: serve HTTPS. Needs --tls-key.")
+    ] = None
+    tls_key: Annotated[str | None, option("--tls-key", help="Its private key in PEM.")] = None
     cors_allow_origin: Annotated[
         list[str] | None, option("--cors-allow-origin", help="Repeatable; default: any origin.")
     ] = None
@@ -234,6 +238,32 @@ class Flags:
             help="Seconds that running requests get to finish after SIGTERM.",
         ),
     ] = 90
+    max_shard_restarts: Annotated[
+        int,
+        number(
+            "--max-shard-restarts",
+            help="How often, within 10 minutes, shards that crash or hang are started again, while requests wait and "
+            "go on from where they were; 0: the first crash ends the server.",
+        ),
+    ] = 3
+    stall_timeout: Annotated[
+        float,
+        number(
+            "--stall-timeout",
+            help="Seconds without progress in a step after which a shard counts as hung.",
+        ),
+    ] = 60.0
+    fair_shares: Annotated[
+        Switch,
+        option("--fair-shares", help="Share the server between API keys by the tokens of their requests."),
+    ] = Switch.TRUE
+    max_queue_size: Annotated[
+        int | None,
+        number(
+            "--max-queue-size",
+            help="Most requests that wait; more are answered with 429; default: as --max-concurrent-requests.",
+        ),
+    ] = None
     usage_stats: Annotated[
         UsageStats, option("--usage-stats", help="Accepted for compatibility: nothing is ever sent.")
     ] = UsageStats.ON
@@ -259,9 +289,19 @@ class Flags:
     reasoning_parser: Annotated[
         str | None, option("--reasoning-parser", help="How the model marks its reasoning: think, mistral, ...")
     ] = None
+    safe_special_tokens: Annotated[
+        bool,
+        option("--safe-special-tokens", help="In chats, special tokens written into a message stay text."),
+    ] = False
     lora_adapters: Annotated[str | None, later("--lora-adapters", "Adapters to serve beside the model.")] = None
-    watermark_gamma: Annotated[str | None, later("--watermark-gamma", "Watermark's share of the vocabulary.")] = None
-    watermark_delta: Annotated[str | None, later("--watermark-delta", "Watermark's strength.")] = None
+    watermark_gamma: Annotated[
+        float | None,
+        number("--watermark-gamma", help="Share of the vocabulary that a watermark prefers; default: 0.5.", max=1.0),
+    ] = None
+    watermark_delta: Annotated[
+        float | None,
+        option("--watermark-delta", help="How much it does, in logits; default: 2.", metavar="N"),
+    ] = None
     ngrok: Annotated[bool, option("--ngrok", help=f"Tunnel through ngrok. {NOT_YET}")] = False
     ngrok_authtoken: Annotated[str | None, later("--ngrok-authtoken", "Its token.")] = None
     ngrok_edge: Annotated[str | None, later("--ngrok-edge", "Its edge.")] = None

@@ -10,7 +10,7 @@ from typing import Any
 
 from text_generation_launcher.config import LauncherConfig, ModelSource
 from text_generation_launcher.environment import without_flags
-from text_generation_launcher.flags import Flags
+from text_generation_launcher.flags import Flags, Switch
 
 HUB_TOKENS = ("HF_API_TOKEN", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """First found wins, as in TGI."""
@@ -32,11 +32,17 @@ ROUTER_FLAGS = (
     "tokenizer_config_path",
     "tool_call_parser",
     "reasoning_parser",
+    "safe_special_tokens",
     "payload_limit",
     "disable_grammar_support",
     "graceful_termination_timeout",
+    "max_shard_restarts",
+    "stall_timeout",
+    "max_queue_size",
     "port",
     "prometheus_port",
+    "tls_cert",
+    "tls_key",
     "cors_allow_origin",
 )
 """Flags that the router takes under the same name, unchanged."""
@@ -110,6 +116,11 @@ class Plan:
         """
         return replace(self, shards=tuple(_pinned(shard, model) for shard in self.shards))
 
+    def restarted(self, incarnation: int, master_port: int | None) -> Plan:
+        """The same for the next start of the shards; ``master_port``: a new one, if they meet at one."""
+        more = {"TGI_INCARNATION": str(incarnation)} | _present({"MASTER_PORT": master_port})
+        return replace(self, shards=tuple(replace(shard, env={**shard.env, **more}) for shard in self.shards))
+
 
 def make_plan(config: LauncherConfig, launch: Launch) -> Plan:
     from_hub = config.source is ModelSource.HUB
@@ -155,6 +166,8 @@ def _shard(config: LauncherConfig, launch: Launch, rank: int) -> ProcessSpec:
     }
     optional = {
         "MASTER_PORT": config.master_port,
+        "WATERMARK_GAMMA": flags.watermark_gamma,
+        "WATERMARK_DELTA": flags.watermark_delta,
         "REQUEST_LOGPROBS": "1" if flags.enable_prefill_logprobs else None,
         **{name.upper(): getattr(flags, name) for name in MEMORY_FLAGS},
     }
@@ -221,6 +234,7 @@ def _router(config: LauncherConfig, launch: Launch) -> ProcessSpec:
         *_given("--max-input-tokens", config.max_input_tokens),
         *to_argv(flags, ROUTER_FLAGS),
         "--prefix-caching" if config.prefix_caching else "--no-prefix-caching",
+        "--fair-shares" if flags.fair_shares is Switch.TRUE else "--no-fair-shares",
         "--json-output",
     )
     env = _base_env(launch)

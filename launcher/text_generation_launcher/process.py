@@ -25,6 +25,14 @@ _LAST_OUTPUT_S = 1.0
 Seconds = dict[str, float]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loss:
+    """The router gets no answer from the shards any more."""
+
+    incarnation: int
+    reason: str
+
+
 class Child(asyncio.SubprocessProtocol):
     """A started child. Everything happens on the event loop's thread.
 
@@ -43,6 +51,8 @@ class Child(asyncio.SubprocessProtocol):
         self.ready_time = self.exit_time = float("inf")
         self.resolved = HubModel()
         """What a download has said about its model."""
+        self.losses: asyncio.Queue[Loss] = asyncio.Queue()
+        """What a router has said of shards that it has lost."""
         self._sink = sink
         self._last_error: str | None = None
         self._raw: deque[str] = deque(maxlen=50)
@@ -144,6 +154,8 @@ class Child(asyncio.SubprocessProtocol):
             self.resolved = HubModel(
                 sha=str(fields.get("sha") or ""), pipeline_tag=str(fields.get("pipeline_tag") or "")
             )
+        elif event == "shards_lost":
+            self.losses.put_nowait(Loss(int(fields.pop("incarnation", 0)), record.message))
         self._sink.emit(dataclasses.replace(record, fields=fields))
 
     # -- its end ------------------------------------------------------------------------------------

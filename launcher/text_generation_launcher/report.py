@@ -60,7 +60,8 @@ def url(config: LauncherConfig) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.hostname, config.hostname)
     if ":" in host and not host.startswith("["):
         host = f"[{host}]"
-    return f"http://{host}:{config.flags.port}"
+    scheme = "http" if config.flags.tls_cert is None else "https"
+    return f"{scheme}://{host}:{config.flags.port}"
 
 
 def step_times(seconds: Seconds) -> str:

@@ -10,7 +10,9 @@ import asyncio
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from text_generation_launcher.errors import (
     DownloadError,
@@ -31,6 +33,10 @@ FAILURE_GRACE_S = 10.0
 """For a router whose shards are gone: enough to answer its clients with an error."""
 LAST_WORD_S = 2.0
 """For the router after a second signal."""
+RESTART_WINDOW_S = 600.0
+"""So many restarts of the shards are allowed within it, and no more."""
+STACKS_S = 0.5
+"""For shards that hang to write down where, before they are killed."""
 SETTLE_S = 0.3
 """How much later than the router's end the end of a shard may be seen that caused it."""
 
@@ -50,12 +56,22 @@ class Supervisor:
         sink: LogSink,
         *,
         grace_s: float,
+        max_shard_restarts: int = 0,
+        new_master_port: Callable[[], int] | None = None,
         settle_s: float = SETTLE_S,
         on_ready: Callable[[Seconds], None] = lambda _: None,
     ) -> None:
         self._plan = plan
         self._sink = sink
         self._grace_s = grace_s
+        self._max_shard_restarts = max_shard_restarts
+        self._new_master_port = new_master_port
+        """Where the ranks meet; None: where they did before, or nowhere."""
+        self._restarts: deque[float] = deque()
+        """Times of those within the window."""
+        self._incarnation = 1
+        self._shards_failed = False
+        """Whether they may not be started again."""
         self._settle_s = settle_s
         self._on_ready = on_ready
         self._serving = False
@@ -144,13 +160,21 @@ class Supervisor:
 
     async def _start(self) -> Seconds:
         """Start the shards and the router at once, and wait until all are ready."""
-        started = time.monotonic()
+        await self._start_shards()
+        self._sink.info("Starting Webserver")
+        self._router = await self._spawn(self._plan.router)
+        await self._until_ready(set(self._children_of_the_group()))
+        return self._steps()
+
+    async def _start_shards(self) -> None:
+        self._shards = []
         for spec in self._plan.shards:
             self._sink.info("Starting shard", spec.span)
             self._shards.append(await self._spawn(spec))
-        self._sink.info("Starting Webserver")
-        self._router = await self._spawn(self._plan.router)
-        waiting = set(self._children_of_the_group())
+
+    async def _until_ready(self, waiting: set[Child]) -> None:
+        """Raises: LauncherError, when one of the group ends."""
+        started = time.monotonic()
         while waiting:
             futures = [child.ready for child in waiting] + [child.exited for child in self._children_of_the_group()]
             await asyncio.wait(futures, timeout=WAITING_S, return_when=asyncio.FIRST_COMPLETED)
@@ -163,7 +187,6 @@ class Supervisor:
             if not became_ready:
                 for child in waiting & set(self._shards) or waiting:
                     self._sink.info(f"Waiting for {child.name} to be ready...", child.spec.span)
-        return self._steps()
 
     def _steps(self) -> Seconds:
         """Duration of each step of the start: of several ranks the slowest, and then the router's."""
@@ -180,19 +203,73 @@ class Supervisor:
         return seconds | router
 
     async def _serve(self) -> None:
-        """Wait for the first end, which nobody asked for."""
-        await asyncio.wait(self._exits(), return_when=asyncio.FIRST_COMPLETED)
-        child = await self._first_dead()
-        child.log_end()
-        if child is self._router:
-            raise WebserverFailed(f"Webserver Crashed: {child.reason}")
-        raise ShardFailed(f"Shard {child.spec.rank} crashed: {child.reason}")
+        """Wait for ends that nobody asked for; start shards anew as often as that is allowed."""
+        while True:
+            reason = await self._loss()
+            while reason:
+                reason = await self._restart(reason)
+
+    async def _loss(self) -> str:
+        """Why the shards do not go on, once they do not. Raises: WebserverFailed."""
+        assert self._router is not None
+        while True:
+            said = asyncio.create_task(self._router.losses.get())
+            ends: list[asyncio.Future[Any]] = [*self._exits(), said]
+            try:
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                said.cancel()
+            loss = said.result() if said.done() else None
+            if loss is not None and loss.incarnation == self._incarnation:
+                # A rank that ends breaks its connection first.
+                await asyncio.wait(self._exits(), timeout=self._settle_s, return_when=asyncio.FIRST_COMPLETED)
+            if any(exited.done() for exited in self._exits()):
+                child = await self._first_dead()
+                child.log_end()
+                if child is self._router:
+                    raise WebserverFailed(f"Webserver Crashed: {child.reason}")
+                return f"Shard {child.spec.rank} crashed: {child.reason}"
+            if loss is not None and loss.incarnation == self._incarnation:
+                await self._dump_stacks()
+                return loss.reason[:1].upper() + loss.reason[1:]
+
+    async def _dump_stacks(self) -> None:
+        """Have the shards write into the log where they are."""
+        for shard in self._shards:
+            shard.signal(signal.SIGUSR1)
+        await asyncio.sleep(STACKS_S)
+
+    async def _restart(self, reason: str) -> str:
+        """Start the whole rank group anew: the peers of a lost rank wait for it for ever. Returns why it did not start,
+        empty if it did. Raises: ShardFailed where it may not be tried again, WebserverFailed."""
+        now = time.monotonic()
+        while self._restarts and now - self._restarts[0] > RESTART_WINDOW_S:
+            self._restarts.popleft()
+        if len(self._restarts) >= self._max_shard_restarts:
+            again = f" ({len(self._restarts)} restarts in the last 10 minutes)" if self._restarts else ""
+            self._shards_failed = True
+            raise ShardFailed(reason + again)
+        self._restarts.append(now)
+        self._sink.error(f"{reason}. Restarting the shards, {len(self._restarts)} of {self._max_shard_restarts} times")
+        await self._kill_shards()
+        self._children = [child for child in self._children if child not in self._shards]
+        self._incarnation += 1
+        port = None if self._new_master_port is None else self._new_master_port()
+        self._plan = self._plan.restarted(self._incarnation, port)
+        await self._start_shards()
+        try:
+            await self._until_ready(set(self._shards))
+        except ShardCannotStart as error:
+            return str(error)
+        self._sink.info(f"The shards are back after {time.monotonic() - now:.2f}s")
+        return ""
 
     async def _failure_while_starting(self) -> LauncherError:
         child = await self._first_dead()
         child.log_end()
         if child is self._router:
-            return WebserverFailed(f"Webserver failed to start: {child.reason}")
+            when = "Crashed" if self._serving else "failed to start"
+            return WebserverFailed(f"Webserver {when}: {child.reason}")
         return ShardCannotStart(f"Shard {child.spec.rank} failed to start: {child.reason}")
 
     async def _first_dead(self) -> Child:
@@ -218,13 +295,14 @@ class Supervisor:
 
     async def _stop_after_failure(self) -> None:
         """The rest of a rank group hangs in a collective: it is killed at once. The router may tell its clients."""
-        if any(child.exited.done() for child in self._shards):
-            for child in self._shards:
-                if child.alive:
-                    await child.kill()
+        if self._shards_failed or any(child.exited.done() for child in self._shards):
+            await self._kill_shards()
         if self._router is not None:
             await self._router.terminate(min(self._grace_s, FAILURE_GRACE_S) if self._serving else SHORT_GRACE_S)
         await self._stop_shards()
+
+    async def _kill_shards(self) -> None:
+        await asyncio.gather(*(child.kill() for child in self._shards if child.alive))
 
     async def _stop_shards(self) -> None:
         if any(child.alive for child in self._shards):

@@ -67,7 +67,7 @@ def send_event(event: str, message: str, **fields: Any) -> None:
     """Log ``message`` at INFO as a message to the launcher.
 
     Events: ``progress`` (fields stage, done, total, unit, and file for a download), ``resolved`` (of a download, when
-    the model is on this machine: fields folder, sha, pipeline_tag; the last two empty when unknown), and ``ready``
-    (field seconds: a dict of step -> duration).
+    the model is on this machine: fields folder, sha, pipeline_tag; the last two empty when unknown), ``ready``
+    (field seconds: a dict of step -> duration), and ``shards_lost`` (of a router; field incarnation).
     """
     logging.getLogger(EVENTS).info(message, extra={"event": event, **fields})

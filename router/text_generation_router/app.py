@@ -30,6 +30,7 @@ from text_generation_router.errors import (
     BodyError,
     GeneratesNothing,
     InternalError,
+    Overloaded,
     RouterError,
     ShuttingDown,
     Unauthorized,
@@ -196,6 +197,8 @@ async def _on_router_error(request: Request, error: RouterError) -> Response:
     if isinstance(error, ShuttingDown):
         response.headers["connection"] = "close"
         response.headers["retry-after"] = "1"
+    elif isinstance(error, Overloaded):
+        response.headers["retry-after"] = str(error.retry_after_s)
     return response
 
 

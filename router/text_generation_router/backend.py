@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from text_generation_router.api.caller import tenant_of_key
 from text_generation_router.chat.template import ROOM_FOR_TEMPLATE, ChatTemplates, load_template
 from text_generation_router.config import ConfigError, RouterConfig, RouterFlags, check_counts, resolve, warmup_limits
 from text_generation_router.detokenizer import Detokenizer
@@ -48,8 +49,8 @@ class StartError(Exception):
 class Door(Protocol):
     """Where requests come in."""
 
-    draining: bool
-    """Whether nothing new is taken."""
+    def drain(self) -> None:
+        """Take nothing new. What runs may finish, as long as the shards live."""
 
     def ready(self) -> bool:
         """Whether a request sent now would be served; never waits."""
@@ -87,7 +88,13 @@ async def start_backend(flags: RouterFlags) -> AsyncIterator[Backend]:
     seconds: dict[str, float] = {}
     async with AsyncExitStack() as stack:
         with _timed(seconds, "connect"), _failing_as("Backend failed"):
-            shards = await group.connect(flags.master_shard_uds_path, flags.launcher_nonce, SHARD_TIMEOUT_S)
+            shards = await group.connect(
+                flags.master_shard_uds_path,
+                flags.launcher_nonce,
+                SHARD_TIMEOUT_S,
+                stall_timeout_s=flags.stall_timeout,
+                restarts=flags.max_shard_restarts > 0,
+            )
         stack.push_async_callback(shards.close)
         start = _start_encoder if shards.info.is_encoder else _start_generation
         yield await start(flags, shards, stack, seconds)
@@ -127,6 +134,7 @@ async def _start_generation(
         ),
         Leases(BlockAllocator(warmed.num_blocks, info.block_size), prefix_caching=flags.prefix_caching),
         admission_hold(flags.waiting_served_ratio, flags.max_waiting_tokens),
+        fair_shares=flags.fair_shares,
     )
     detokenizer = Detokenizer(tokenizer.tokenizer, tokenizer.special_ids)
     batcher = Batcher(shards, scheduler, detokenizer, metrics)
@@ -136,7 +144,16 @@ async def _start_generation(
         await _begin(shards)
     batching = asyncio.create_task(batcher.run(), name="batching")
     stack.push_async_callback(end_task, batching)
-    inference = Inference(batcher, tokenizer, config.limits, metrics, config.max_concurrent_requests, guidance)
+    inference = Inference(
+        batcher,
+        tokenizer,
+        config.limits,
+        metrics,
+        config.max_concurrent_requests,
+        guidance,
+        max_queue_size=flags.max_queue_size,
+        tenants=_tenants(flags),
+    )
     return Backend(
         info=info,
         tokenizer=tokenizer,
@@ -185,6 +202,12 @@ async def _start_encoder(
         batching=batching,
         seconds=seconds,
     )
+
+
+def _tenants(flags: RouterFlags) -> frozenset[bytes]:
+    """Who shares the server, where that is known."""
+    keys = flags.api_keys if flags.fair_shares else ()
+    return frozenset(tenant_of_key(key.encode()) for key in keys)
 
 
 def _load_tokenizer(

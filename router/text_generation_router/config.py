@@ -32,11 +32,14 @@ class RouterFlags:
     hostname: str = "0.0.0.0"
     port: int = 3000
     prometheus_port: int | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
     master_shard_uds_path: str = "/tmp/text-generation-server-0"
     validation_workers: int = 2
     tokenizer_config_path: str | None = None
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
+    safe_special_tokens: bool = False
     api_key: str | None = None
     json_output: bool = False
     cors_allow_origin: tuple[str, ...] = ()
@@ -46,12 +49,21 @@ class RouterFlags:
     graceful_termination_timeout: int = 90
     prefix_caching: bool = True
     max_inter_token_latency_ms: int | None = None
+    max_shard_restarts: int = 0
+    stall_timeout: float = 60.0
+    fair_shares: bool = True
+    max_queue_size: int | None = None
     aip_predict_route: str | None = None
     aip_health_route: str | None = None
     compute_type: str = "gpu+optimized"
     launcher_nonce: str = ""
     git_sha: str | None = None
     docker_label: str | None = None
+
+    @property
+    def api_keys(self) -> tuple[str, ...]:
+        """Of ``api_key``; commas separate them."""
+        return () if self.api_key is None else tuple(key.strip() for key in self.api_key.split(","))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+MAX_MESSAGE = 1000
+"""Characters of what a client is told: some of it quotes what the client has sent."""
+
 
 class RouterError(Exception):
     """Base of all errors that end a request. ``str(error)`` is the text a client gets."""
@@ -12,6 +15,9 @@ class RouterError(Exception):
     error_type: ClassVar[str] = "internal"
     metric: ClassVar[str] = "generation"
     """Label ``err`` of ``tgi_request_failure``."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}...")
 
 
 class ValidationError(RouterError):
@@ -102,14 +108,29 @@ class GeneratesNothing(RouterError):
 
 
 class Overloaded(RouterError):
-    """All ``max_concurrent_requests`` permits are taken."""
+    """All ``max_concurrent_requests`` permits are taken, or as many as one API key may have; or the queue is full."""
 
     status = 429
     error_type = "overloaded"
     metric = "overloaded"
 
-    def __init__(self) -> None:
+    def __init__(self, retry_after_s: int = 1) -> None:
+        """``retry_after_s``: when it is worth to ask again."""
         super().__init__("Model is overloaded")
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(RouterError):
+    """The time is over that the request's ``x-request-timeout-ms`` gave it."""
+
+    status = 408
+    error_type = "timeout"
+    metric = "timeout"
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(
+            f"The request was not answered in the {timeout_s:g} s that its `x-request-timeout-ms` gives it"
+        )
 
 
 class GenerationFailed(RouterError):

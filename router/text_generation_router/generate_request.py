@@ -22,6 +22,14 @@ U64 = Annotated[int, Meta(ge=0)]
 F32 = Annotated[float, Meta(ge=-_F32_MAX, le=_F32_MAX)]
 
 
+ShortText = Annotated[str, Meta(max_length=256)]
+"""Names and labels: what is compared, remembered or quoted in an error."""
+
+MAX_PRIORITY = 10
+Priority = Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
+"""Among the requests of one API key; 0 is that of all who say none."""
+
+
 class GenerateParameters(msgspec.Struct, frozen=True, kw_only=True):
     """``parameters`` of a request. None is "not given"; ranges that need the limits are checked in `validation`."""
 
@@ -43,7 +51,8 @@ class GenerateParameters(msgspec.Struct, frozen=True, kw_only=True):
     seed: U64 | None = None
     top_n_tokens: U32 | None = None
     grammar: Any = None
-    adapter_id: str | None = None
+    adapter_id: ShortText | None = None
+    priority: Priority | None = None
 
     def __post_init__(self) -> None:
         for name in ("best_of", "truncate", "seed"):
@@ -57,8 +66,14 @@ class Caller(msgspec.Struct, frozen=True):
 
     traceparent: str = ""
     """W3C trace context, empty when there is none."""
-    cache_salt: bytes = b""
-    """Only callers with the same one share computed prompts."""
+    tenant: bytes = b""
+    """Who it is, by its API key: a digest, empty for nobody. Only callers that are one share computed prompts."""
+    priority: int = 0
+    """Where the body says none."""
+    timeout_s: float | None = None
+    """Whatever is not answered by then is not wanted any more."""
+    asked_at: float = 0.0
+    """When that time began, by `time.perf_counter`."""
 
 
 NOBODY = Caller()

@@ -5,12 +5,21 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 from text_generation_router.config import Limits
-from text_generation_router.errors import IncompleteGeneration, Overloaded, RouterError, ShuttingDown, first_of
+from text_generation_router.errors import (
+    DeadlineExceeded,
+    IncompleteGeneration,
+    Overloaded,
+    RouterError,
+    ShuttingDown,
+    first_of,
+)
 from text_generation_router.generate_request import NOBODY, Caller, GenerateRequest
 from text_generation_router.guidance.guidance import Guidance
 from text_generation_router.metrics import Metrics
@@ -25,7 +34,7 @@ from text_generation_router.scheduling.requests import (
     Token,
 )
 from text_generation_router.tokenizer import RouterTokenizer
-from text_generation_router.validation import build_request, check_parameters, check_shape
+from text_generation_router.validation import build_request, check_length, check_parameters, check_shape
 
 
 @dataclass(slots=True)
@@ -58,8 +67,11 @@ class GenerationResult:
 class Generation:
     """One running generation. Leaving the context cancels what still runs and returns the permit."""
 
-    def __init__(self, queued: QueuedRequest, batcher: Batcher, permit: Permit) -> None:
+    def __init__(
+        self, queued: QueuedRequest, batcher: Batcher, permit: Permit, deadline: asyncio.TimerHandle | None = None
+    ) -> None:
         self.inputs = queued.request.inputs
+        self._deadline = deadline
         self._queued = queued
         self._batcher = batcher
         self._permit = permit
@@ -92,6 +104,8 @@ class Generation:
 
     def close(self) -> None:
         """Cancel what still runs and return the permit; twice is harmless."""
+        if self._deadline is not None:
+            self._deadline.cancel()
         self._batcher.cancel(self._queued)
         self._permit.release()
 
@@ -99,31 +113,53 @@ class Generation:
 class Permit:
     """A place among ``max_concurrent_requests``, given back once."""
 
-    __slots__ = ("_permits",)
+    __slots__ = ("_permits", "_tenant")
 
-    def __init__(self, permits: Permits | None) -> None:
+    def __init__(self, permits: Permits | None, tenant: bytes = b"") -> None:
         """None: another permit stands for this one."""
         self._permits = permits
+        self._tenant = tenant
 
     def release(self) -> None:
         if self._permits is not None:
-            self._permits.num_taken -= 1
+            self._permits.give_back(self._tenant)
             self._permits = None
 
 
-class Permits:
-    """Counts the requests inside the server; none left is an immediate refusal, never a wait."""
+RESERVED_SHARE = 4
+"""One part in so many of the places is divided among the API keys, each its own; the rest is for who comes first."""
 
-    def __init__(self, max_concurrent_requests: int) -> None:
+
+class Permits:
+    """Counts the requests inside the server; none left is an immediate refusal, never a wait.
+
+    Where several API keys share the server, none of them can take all places: a few are kept for each of the others.
+    """
+
+    def __init__(self, max_concurrent_requests: int, tenants: Collection[bytes] = ()) -> None:
+        """``tenants``: who may come at any time, and is to find a place then."""
         self.limit = max_concurrent_requests
         self.num_taken = 0
+        self._kept = self.limit // (RESERVED_SHARE * len(tenants)) if len(tenants) > 1 else 0
+        self._taken: Counter[bytes] = Counter()
+        self._tenants = tenants
 
-    def take(self) -> Permit:
+    def take(self, tenant: bytes = b"") -> Permit:
         """Raises: Overloaded."""
-        if self.num_taken >= self.limit:
+        kept = 0
+        if self._kept:
+            kept = sum(max(self._kept - self._taken[other], 0) for other in self._tenants if other != tenant)
+        if self.num_taken + kept >= self.limit:
             raise Overloaded()
         self.num_taken += 1
-        return Permit(self)
+        self._taken[tenant] += 1
+        return Permit(self, tenant)
+
+    def give_back(self, tenant: bytes) -> None:
+        self.num_taken -= 1
+        self._taken[tenant] -= 1
+        if not self._taken[tenant]:
+            del self._taken[tenant]
 
 
 class Inference:
@@ -135,14 +171,24 @@ class Inference:
         metrics: Metrics,
         max_concurrent_requests: int,
         guidance: Guidance,
+        *,
+        max_queue_size: int | None = None,
+        tenants: Collection[bytes] = (),
     ) -> None:
+        """``max_queue_size``: requests that may wait; None: as many as have permits. ``tenants``: see `Permits`."""
         self.limits = limits
-        self.permits = Permits(max_concurrent_requests)
+        self.permits = Permits(max_concurrent_requests, tenants)
+        self._max_queue_size = max_queue_size
         self.draining = False
         self._batcher = batcher
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._guidance = guidance
+
+    def drain(self) -> None:
+        """Take nothing new. What runs may finish, as long as the shards live."""
+        self.draining = True
+        self._batcher.drain()
 
     def ready(self) -> bool:
         """Whether a request sent now would be served: the shards make progress and nothing drains."""
@@ -199,18 +245,20 @@ class Inference:
                     if event.finished is not None:
                         return Choice(event.finished, tokens, prefill, top_tokens)
 
-    def reserve(self, count: int) -> list[Permit]:
+    def reserve(self, count: int, caller: Caller = NOBODY) -> list[Permit]:
         """Places for so many generations, all or none. Raises: ShuttingDown, Overloaded."""
         if self.draining:
             raise ShuttingDown
         permits: list[Permit] = []
         try:
-            for _ in range(count):
-                permits.append(self.permits.take())  # noqa: PERF401  # those before a refusal are given back
+            if self._max_queue_size is not None and self._batcher.num_waiting >= self._max_queue_size:
+                raise Overloaded
+            while len(permits) < count:
+                permits.append(self.permits.take(caller.tenant))
         except Overloaded:
             for permit in permits:
                 permit.release()
-            raise
+            raise Overloaded(self._batcher.retry_after_s()) from None
         return permits
 
     async def start(self, request: GenerateRequest, caller: Caller, permit: Permit | None = None) -> Generation:
@@ -220,13 +268,15 @@ class Inference:
         Raises: ShuttingDown, Overloaded, ValidationError.
         """
         if permit is None:
-            (permit,) = self.reserve(1)
+            (permit,) = self.reserve(1, caller)
         try:
             started = time.perf_counter()
             checked = check_parameters(request, self.limits)
             if request.input_ids is not None:
                 input_ids = list(request.input_ids)
             else:
+                if checked.truncate is None:
+                    check_length(self._tokenizer.least_tokens(checked.inputs), self.limits)
                 with self._batcher.door.entering():
                     encoding = await self._tokenizer.encode(checked.inputs, checked.add_special_tokens)
                 input_ids = encoding.ids
@@ -239,7 +289,15 @@ class Inference:
             self._metrics.request_max_new_tokens.observe(valid.max_new_tokens)
             queued = QueuedRequest(valid, validation_s)
             self._batcher.enqueue(queued)
-            return Generation(queued, self._batcher, permit)
+            return Generation(queued, self._batcher, permit, self._deadline(queued, caller))
         except BaseException:
             permit.release()
             raise
+
+    def _deadline(self, queued: QueuedRequest, caller: Caller) -> asyncio.TimerHandle | None:
+        """Ends the request when its time is over."""
+        if caller.timeout_s is None:
+            return None
+        left_s = max(caller.asked_at + caller.timeout_s - time.perf_counter(), 0.0)
+        loop = asyncio.get_running_loop()
+        return loop.call_later(left_s, self._batcher.expire, queued, DeadlineExceeded(caller.timeout_s))

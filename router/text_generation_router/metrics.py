@@ -28,7 +28,7 @@ BATCH_SIZE_BUCKETS = tuple(float(2**k) for k in range(11))
 SKIPPED_TOKENS_BUCKETS = tuple(float(k) for k in range(11))
 
 _METHODS = ("prefill", "decode", "embed")
-_FAILURES = ("validation", "overloaded", "generation", "incomplete", "internal", "shutting_down")
+_FAILURES = ("validation", "overloaded", "generation", "incomplete", "internal", "shutting_down", "timeout")
 _CONCAT_REASONS = ("backpressure", "wait_exceeded", "chunking")
 
 
@@ -159,6 +159,9 @@ class Metrics:
         self.step_idle_duration = Histogram(duration)
         self.step_overhead_duration = Histogram(duration, "method", _METHODS)
         self.preemption_count = Counter()
+        self.request_replay_count = Counter()
+        self.out_of_memory_count = Counter()
+        self.batch_max_prefill_tokens = Gauge()
         self.kv_cache_usage = Gauge()
         self.kv_cache_blocks_total = Gauge()
         self.prefix_cache_queried_tokens = Counter()
@@ -214,6 +217,9 @@ HELP = {
     "step_idle_duration": "Seconds between the end of a step and the start of the next on the shard.",
     "step_overhead_duration": "Seconds of a step that are not model execution, from the end of the one before it.",
     "preemption_count": "Times that a request lost its KV blocks to an older one and had to be computed again.",
+    "request_replay_count": "Times that a request went on from its token log after the shards failed.",
+    "out_of_memory_count": "Steps that ran out of memory.",
+    "batch_max_prefill_tokens": "Tokens of prompts that a step may take in.",
     "kv_cache_usage": "Share of the KV cache's blocks in use, 0 to 1.",
     "kv_cache_blocks_total": "Blocks of the KV cache.",
     "prefix_cache_queried_tokens": "Prompt tokens of admitted requests.",

@@ -28,11 +28,19 @@ from text_generation_router.api.served import Served
 from text_generation_router.api.service import ServiceRoutes
 from text_generation_router.app import Access, GeneratingRoutes, Routes, build_app, build_metrics_app
 from text_generation_router.backend import Backend, GenerationBackend, StartError, end_task, start_backend
+from text_generation_router.chat.plain_text import PlainText
 from text_generation_router.chat.reasoning import REASONING_MARKS
 from text_generation_router.chat.tools import FORMATS
 from text_generation_router.config import RouterConfig, RouterFlags
 from text_generation_router.draining import Drain, Shutdown
-from text_generation_router.listening import HttpServer, bind, shown_address
+from text_generation_router.listening import (
+    METRICS_CONNECTIONS,
+    HttpServer,
+    Tls,
+    bind,
+    connections_that_fit,
+    shown_address,
+)
 from text_generation_router.token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
@@ -52,8 +60,9 @@ async def serve(flags: RouterFlags, shutdown: Shutdown | None = None) -> int:
     if shutdown is None:
         shutdown = Shutdown()
         shutdown.install()
-    api_keys = _api_keys(flags.api_key)
+    _check_keys(flags)
     _check_parsers(flags)
+    tls = _tls(flags)
     drain = Drain()
     async with AsyncExitStack() as stack:
         # Bound before anything is loaded: an address in use is found at once.
@@ -74,14 +83,16 @@ async def serve(flags: RouterFlags, shutdown: Shutdown | None = None) -> int:
         )
         access = Access(
             drain=drain,
-            api_keys=api_keys,
+            api_keys=flags.api_keys,
             cors_allow_origin=flags.cors_allow_origin,
             aip_predict_route=flags.aip_predict_route,
             aip_health_route=flags.aip_health_route,
         )
-        servers = [HttpServer(build_app(make_routes(flags, backend, service), access), sock)]
+        app = build_app(make_routes(flags, backend, service), access)
+        servers = [HttpServer(app, sock, tls, max_connections=connections_that_fit())]
         if metrics_sock is not None:
-            servers.append(HttpServer(build_metrics_app(service, Drain()), metrics_sock))
+            metrics_app = build_metrics_app(service, Drain())
+            servers.append(HttpServer(metrics_app, metrics_sock, tls, max_connections=METRICS_CONNECTIONS))
             logger.info("Metrics on %s", shown_address(metrics_sock))
         for server in servers:
             await server.listen()
@@ -146,6 +157,7 @@ def _generating_routes(
         generation.templates,
         tool_call_parser=flags.tool_call_parser,
         reasoning_parser=flags.reasoning_parser,
+        plain_text=PlainText(backend.tokenizer.special_texts()) if flags.safe_special_tokens else None,
     )
     return GeneratingRoutes(
         generate=GenerateRoutes(
@@ -169,12 +181,20 @@ def _generating_routes(
     )
 
 
-def _api_keys(given: str | None) -> tuple[str, ...]:
-    """Commas separate keys. Raises: StartError."""
-    keys = () if given is None else tuple(key.strip() for key in given.split(","))
-    if not all(keys):
+def _check_keys(flags: RouterFlags) -> None:
+    if not all(flags.api_keys):
         raise StartError("Argument validation error: `api_key` must not be empty")
-    return keys
+
+
+def _tls(flags: RouterFlags) -> Tls | None:
+    """Raises: StartError, BindError."""
+    if flags.tls_cert is None and flags.tls_key is None:
+        return None
+    if flags.tls_cert is None or flags.tls_key is None:
+        raise StartError("Argument validation error: `tls_cert` and `tls_key` come together")
+    tls = Tls(flags.tls_cert, flags.tls_key)
+    tls.check()
+    return tls
 
 
 def _check_parsers(flags: RouterFlags) -> None:
@@ -238,7 +258,7 @@ async def _until_end(flags: RouterFlags, backend: Backend, shutdown: Shutdown, d
         logger.error("The batching loop ended", exc_info=_error_of(backend.batching))
         code = 1
     drain.begin()
-    backend.door.draining = True
+    backend.door.drain()
     if code == 0:
         logger.info("Shutting down: %s requests are in progress", drain.num_active)
         await _drained(drain, flags.graceful_termination_timeout, shutdown)

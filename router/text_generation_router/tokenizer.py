@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 
 from text_generation_router.config import ConfigError
 from text_generation_router.errors import ValidationError
+from text_generation_router.token_length import longest_token_bytes
 
 MAX_CHARACTERS_IN_FLIGHT = 8 * 2**20
 """Text inside the tokenizer at one time; what comes on top waits outside, in arrival order."""
@@ -50,6 +52,7 @@ class RouterTokenizer:
         self.special_ids = frozenset((*marked, *(token_id for token_id in named if token_id is not None)))
         self.model_max_length: int | None = None
         """The longest text that the tokenizer's configuration allows for; None is no limit."""
+        self._longest_token_bytes = longest_token_bytes(tokenizer)
         self._vocab_size = vocab_size
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="tokenizer")
         self._budget = _Budget(MAX_CHARACTERS_IN_FLIGHT)
@@ -75,9 +78,21 @@ class RouterTokenizer:
             loaded.model_max_length = int(length)
         return loaded
 
+    def least_tokens(self, text: str) -> int:
+        """How many a text has at least; costs nothing."""
+        longest = self._longest_token_bytes
+        return 0 if longest is None else -(-len(text.encode()) // longest)
+
     async def encode(self, text: str, add_special_tokens: bool = True) -> Encoding:
         """Ids of a whole prompt, without offsets. Raises: ValidationError."""
         return await self._on_worker(len(text), lambda: self._encode(text, add_special_tokens))
+
+    async def encode_pieces(self, pieces: Sequence[tuple[str, bool]]) -> Encoding:
+        """Ids of a prompt in pieces, with offsets; in those that are marked true nothing is special.
+
+        Raises: ValidationError.
+        """
+        return await self._on_worker(sum(len(text) for text, _ in pieces), lambda: self._encode_pieces(pieces))
 
     async def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, special tokens included. Raises: ValidationError."""
@@ -99,6 +114,10 @@ class RouterTokenizer:
         """
         return await self._on_worker(len(text), lambda: then(self._encode_with_offsets(text, add_special_tokens)))
 
+    def special_texts(self) -> list[str]:
+        """Of the tokens that a text becomes wherever it stands, special or not."""
+        return [token.content for token in self.tokenizer.get_added_tokens_decoder().values()]
+
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
@@ -110,6 +129,27 @@ class RouterTokenizer:
         except BaseException as error:  # a panic of the library is no Exception
             raise ValidationError(f"tokenizer error {error}") from None
         return Encoding(self._known(encoding.ids))
+
+    def _encode_pieces(self, pieces: Sequence[tuple[str, bool]]) -> Encoding:
+        whole = Encoding([])
+        place = 0
+        for text, is_plain in pieces:
+            tokenizer = self._plain_tokenizer if is_plain else self.tokenizer
+            try:
+                (encoding,) = tokenizer.encode_batch([text], add_special_tokens=False)
+            except BaseException as error:
+                raise ValidationError(f"tokenizer error {error}") from None
+            whole.ids.extend(self._known(encoding.ids))
+            whole.offsets.extend((start + place, end + place) for start, end in encoding.offsets)
+            place += len(text)
+        return whole
+
+    @cached_property
+    def _plain_tokenizer(self) -> Tokenizer:
+        """One that knows no special tokens: a setting of its own, not of a call."""
+        tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     def _encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         try:

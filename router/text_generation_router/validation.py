@@ -1,7 +1,7 @@
 """Pure: GenerateRequest + Limits + token ids -> ValidRequest, or a ValidationError with TGI's words.
 
-The checks come in TGI's order, the first failure wins. Between the three functions the caller does what costs:
-``check_shape`` -> take a permit -> ``check_parameters`` -> tokenise -> ``build_request``.
+The checks come in TGI's order, the first failure wins. Between the functions the caller does what costs:
+``check_shape`` -> take a permit -> ``check_parameters`` -> ``check_length`` -> tokenise -> ``build_request``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from text_generation_router.generate_request import (
 from text_generation_router.guidance.formats import native_grammar
 from text_generation_router.scheduling.requests import Sampling, ValidRequest
 
+MAX_STOP_BYTES = 1024
+"""Of a stop sequence: every token of an answer is compared with it."""
+
 _F32 = struct.Struct("f")
 
 
@@ -45,6 +48,8 @@ class CheckedParameters:
     grammar: Grammar | None = None
     """Still to be tried out."""
     embeds: bool = False
+    priority: int | None = None
+    """None: the caller's."""
 
 
 def check_shape(request: GenerateRequest, limits: Limits, *, streaming: bool) -> None:
@@ -76,6 +81,8 @@ def check_parameters(request: GenerateRequest, limits: Limits) -> CheckedParamet
     num_stops = len(parameters.stop)
     if num_stops > limits.max_stop_sequences:
         raise ValidationError(f"`stop` supports up to {limits.max_stop_sequences} stop sequences. Given: {num_stops}")
+    if any(len(stop.encode()) > MAX_STOP_BYTES for stop in parameters.stop):
+        raise ValidationError(f"`stop` sequences may have {MAX_STOP_BYTES} bytes each")
     if parameters.seed is not None and best_of > 1:
         raise ValidationError("`seed` must not be set when `best_of` > 1")
     top_n_tokens = parameters.top_n_tokens or 0
@@ -105,7 +112,16 @@ def check_parameters(request: GenerateRequest, limits: Limits) -> CheckedParamet
         ignore_eos=request.more.ignore_eos,
         grammar=_grammar(request, limits),
         embeds=request.more.embeds,
+        priority=parameters.priority,
     )
+
+
+def check_length(least_tokens: int, limits: Limits) -> None:
+    """Refuse a prompt that is too long however it is tokenised. Raises: ValidationError."""
+    if least_tokens > limits.max_input_tokens:
+        raise ValidationError(
+            f"`inputs` must have less than {limits.max_input_tokens} tokens. Given: at least {least_tokens}"
+        )
 
 
 def build_request(
@@ -139,7 +155,9 @@ def build_request(
         ignore_eos=checked.ignore_eos,
         grammar=checked.grammar,
         traceparent=caller.traceparent,
-        cache_salt=caller.cache_salt,
+        cache_salt=caller.tenant,
+        tenant=caller.tenant,
+        priority=caller.priority if checked.priority is None else checked.priority,
         embeds=checked.embeds,
     )
 
@@ -175,6 +193,7 @@ def _check_sampling(parameters: GenerateParameters, best_of: int) -> Sampling:
         typical_p=typical_p if parameters.typical_p is not None else 1.0,
         repetition_penalty=repetition_penalty,
         frequency_penalty=frequency_penalty,
+        watermark=parameters.watermark,
         # TGI samples as soon as one of these reshapes the distribution, `do_sample` or not.
         do_sample=parameters.do_sample or temperature != 1.0 or narrowed,
     )
@@ -207,8 +226,6 @@ def _grammar(request: GenerateRequest, limits: Limits) -> Grammar | None:
 
 def _refuse_missing_features(parameters: GenerateParameters) -> None:
     """Fields of TGI that this version does not honour yet; false and null ask for nothing."""
-    if parameters.watermark:
-        raise ValidationError("`watermark` is not supported yet")
     if parameters.adapter_id is not None:
         raise ValidationError("`adapter_id` is not supported yet")
 

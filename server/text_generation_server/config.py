@@ -62,6 +62,10 @@ class ShardConfig:
     cuda_memory_fraction: float = 1.0
     swaps: bool = True
     """Replace modules by their faster equals; off runs the library's own modules (for tests and for diagnosis)."""
+    watermark_gamma: float = 0.5
+    """Share of the vocabulary that a watermark prefers."""
+    watermark_delta: float = 2.0
+    """How much, in logits."""
     launcher_nonce: str = ""
     incarnation: int = 1
     pipeline_tag: str = ""
@@ -154,6 +158,8 @@ def resolve(flags: ServeFlags, env: Mapping[str, str]) -> ShardConfig:
         cuda_graphs=_cuda_graphs(env),
         cuda_memory_fraction=_fraction(env, "CUDA_MEMORY_FRACTION"),
         swaps=_boolean(env, "TGI_SWAPS", default=True),
+        watermark_gamma=_number(env, "WATERMARK_GAMMA", 0.5, above=0, below=1),
+        watermark_delta=_number(env, "WATERMARK_DELTA", 2.0, above=-100, below=100),
         launcher_nonce=env.get("TGI_LAUNCHER_NONCE", ""),
         incarnation=_integer(env, "TGI_INCARNATION", default=1, least=1),
         pipeline_tag=env.get("TGI_PIPELINE_TAG", ""),
@@ -282,6 +288,17 @@ def _integer(env: Mapping[str, str], name: str, *, default: int, least: int) -> 
 def _limit(env: Mapping[str, str], name: str) -> int | None:
     """A limit of the router's; None where it is not set."""
     return _integer(env, name, default=1, least=1) if env.get(name) else None
+
+
+def _number(env: Mapping[str, str], name: str, default: float, *, above: float, below: float) -> float:
+    text = env.get(name) or str(default)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not above < value < below:
+        raise ConfigError(f"{name} must be a number between {above} and {below}, got {text!r}")
+    return value
 
 
 def _fraction(env: Mapping[str, str], name: str) -> float:

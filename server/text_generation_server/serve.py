@@ -6,6 +6,7 @@ Finding the model and checking its files needs no torch, so a wrong id or a brok
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 import signal
@@ -53,6 +54,9 @@ def _handle_signals(config: ShardConfig) -> None:
     def end(number: int, frame: object) -> None:
         raise SystemExit(0)
 
+    if hasattr(signal, "SIGUSR1"):
+        # Of a process that hangs somebody wants to know where. It works while other code holds the interpreter's lock.
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in stop_signals(config):
         signal.signal(number, end)
@@ -67,4 +71,4 @@ def stop_signals(config: ShardConfig) -> tuple[signal.Signals, ...]:
 def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     started = time.monotonic()
     yield
-    seconds[step] = time.monotonic() - started
+    seconds[step] = seconds.get(step, 0.0) + time.monotonic() - started

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import logging
 import os
@@ -29,6 +30,7 @@ from text_generation_server.engine.engine import Engine, compute_thread
 from text_generation_server.engine.memory import KVPlan, WarmupLimits
 from text_generation_server.errors import first_line
 from text_generation_server.generation.guidance import Guidance
+from text_generation_server.generation.watermark import Watermark
 from text_generation_server.library_logs import route_library_logs
 from text_generation_server.model.footprint import Footprint
 from text_generation_server.model.loader import load_model
@@ -85,6 +87,7 @@ def run_shard(config: ShardConfig, source: ModelSource, env: Mapping[str, str], 
             broadcast=_broadcast(group),
             compute=compute,
             guidance=guidance,
+            watermark=Watermark(config.watermark_gamma, config.watermark_delta),
         )
         runner.on_progress = engine.note_progress
         # What is alive now stays: no collection between two steps looks at a million objects of the libraries again.
@@ -211,6 +214,10 @@ def _require_room(config: ShardConfig, folder: Path, group: Group) -> Footprint:
 def _plan(runner: TransformersRunner, limits: WarmupLimits, found: Footprint, config: ShardConfig) -> KVPlan:
     """Blocks for this device, from what is free on it now that the weights are loaded."""
     device = read_device(config, runner.info.device)
+    if config.incarnation > 1:
+        # As many blocks are asked for as there were before, where a little less memory may be free: the reserve is
+        # for that.
+        device = dataclasses.replace(device, share=1.0)
     return plan_loaded(found, runner.info, runner.layers, device, limits, config).kv
 
 

@@ -61,6 +61,7 @@ def test_the_fit_finds_what_the_times_were_made_of() -> None:
     assert [found[f"prefill_ms_per_{what}"] for what in ("prompt", "1000_tokens", "1000_tokens_squared")] == [5, 200, 8]
 
 
+@pytest.mark.slow
 def test_a_shard_is_stepped_and_reported(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     with shard_process(tiny_model("llama")) as url:
         shard = Shard(url, batch=2, context=48)

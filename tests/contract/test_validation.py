@@ -67,7 +67,6 @@ BOTH_KINDS = [
         id="17: a prompt that is too long",
     ),
     pytest.param({"inputs": "x" * 120}, "`inputs` must have less than 100 tokens. Given: 120", id="17: up to the brim"),
-    pytest.param({"watermark": True}, "`watermark` is not supported yet", id="not yet: watermark"),
     pytest.param({"adapter_id": "mine"}, "`adapter_id` is not supported yet", id="not yet: adapter_id"),
 ]
 

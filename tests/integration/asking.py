@@ -71,11 +71,17 @@ class Connection:
         """The JSON body of a response that is no stream."""
         async for _ in self.events():
             raise AssertionError("a stream")
+        return self.body()
+
+    def body(self) -> Any:
+        """The JSON body of a response that has ended, and was no stream."""
         return json.loads(self._response.body)
 
-    async def some(self) -> None:
-        """Wait until something of the response is there."""
-        assert await self._reader.read(65536)
+    async def some(self, size: int = 65536) -> bytes:
+        """Something of the response, as soon as it is there. Raises: AssertionError at its end."""
+        data = await self._reader.read(size)
+        assert data
+        return data
 
     async def leave(self) -> None:
         """End it as a client that is done does: FIN, and then whatever the server still has to say."""
@@ -89,22 +95,25 @@ class Connection:
         self._writer.transport.abort()
 
 
-def address_of(server: Launched) -> tuple[str, int]:
-    address = urlsplit(server.url)
+def address_of(server: Launched | str) -> tuple[str, int]:
+    address = urlsplit(server if isinstance(server, str) else server.url)
     assert address.hostname and address.port
     return address.hostname, address.port
 
 
-def message(path: str, request: dict[str, Any]) -> bytes:
-    """A request as it goes over the wire."""
+def message(path: str, request: dict[str, Any], *, headers: str = "") -> bytes:
+    """A request as it goes over the wire. ``headers``: more of them, each with its end of line."""
     content = json.dumps(request).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: test\r\n{headers}content-type: application/json\r\n"
+        f"content-length: {len(content)}"
+    )
     return f"{head}\r\n\r\n".encode() + content
 
 
 @asynccontextmanager
-async def connect(server: Launched, path: str, request: dict[str, Any]) -> AsyncIterator[Connection]:
-    """Send a request on a new connection."""
+async def connect(server: Launched | str, path: str, request: dict[str, Any]) -> AsyncIterator[Connection]:
+    """Send a request on a new connection to a server, or to the URL of one."""
     reader, writer = await asyncio.open_connection(*address_of(server))
     try:
         writer.write(message(path, request))

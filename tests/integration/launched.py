@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,7 @@ class Launched:
         self.url = ""
         self._mark = secrets.token_hex(8)
         self._client: httpx2.Client | None = None
+        self._verify: ssl.SSLContext | bool = True
         port = () if "--port" in arguments else ("--port", "0")
         inherited = without_flags(os.environ)
         for name in ("LOG_LEVEL", *ONE_THREAD):
@@ -76,8 +78,12 @@ class Launched:
     def client(self) -> httpx2.Client:
         """One client, whose connections stay open between requests."""
         if self._client is None:
-            self._client = httpx2.Client(base_url=self.url, timeout=END_WITHIN_S)
+            self._client = httpx2.Client(base_url=self.url, timeout=END_WITHIN_S, verify=self._verify)
         return self._client
+
+    def trust(self, authority: Path) -> None:
+        """Take what this authority has signed for the server; ahead of the first request."""
+        self._verify = ssl.create_default_context(cafile=str(authority))
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + READY_WITHIN_S
@@ -93,7 +99,8 @@ class Launched:
         assert self.client.get("/health").status_code == 200
 
     def processes(self) -> dict[str, psutil.Process]:
-        """All living processes of the launch by what they are: ``launcher``, ``router``, ``shard 0`` ..."""
+        """All living processes of the launch by what they are: ``launcher``, ``router``, ``grammar worker``,
+        ``shard 0`` ..."""
         found: dict[str, psutil.Process] = {}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -111,7 +118,8 @@ class Launched:
             yield
         finally:
             for shard in shards:
-                shard.resume()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    shard.resume()
 
     # -- its end ------------------------------------------------------------------------------------
 
@@ -186,6 +194,8 @@ def refusal(*arguments: str) -> str:
 
 def _role(process: psutil.Process) -> str:
     command = " ".join(process.cmdline())
+    if "-m text_generation_router.guidance.worker" in command:
+        return "grammar worker"
     if "-m text_generation_router" in command:
         return "router"
     if "-m text_generation_server serve" in command:

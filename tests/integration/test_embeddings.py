@@ -128,6 +128,7 @@ def test_long_prompts_are_embedded_in_chunks(tiny: Launched, tiny_llama: Path) -
     torch.testing.assert_close(vectors, mean_states(tiny_llama, [text] * 3), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_several_shards_of_an_encoder_are_refused(encoder_folder: Path) -> None:
     assert "is served by one shard" in refusal("--model-id", str(encoder_folder), "--num-shard", "2")
 

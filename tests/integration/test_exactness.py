@@ -60,7 +60,12 @@ def test_sixteen_at_once_of_a_llama(tiny: Launched, tiny_llama: Path) -> None:
 @pytest.mark.parametrize(
     ("model_type", "variant"),
     [
-        pytest.param("mistral", "prompts in chunks of 16 tokens", id="a window shorter than the prompt, in chunks"),
+        pytest.param(
+            "mistral",
+            "prompts in chunks of 16 tokens",
+            id="a window shorter than the prompt, in chunks",
+            marks=pytest.mark.slow,
+        ),
         pytest.param("llama", "two shards", id="a llama on two shards"),
     ],
 )

@@ -149,6 +149,7 @@ def test_what_cannot_be_obeyed_is_refused_before_anything_is_computed(
     assert generate(embedded, "x", max_new_tokens=2)["generated_text"] is not None
 
 
+@pytest.mark.slow
 def test_a_small_cache_that_displaces_answers_leaves_them_obedient() -> None:
     """Pre-empted answers come back with what they had said: the grammar goes on behind it."""
     limits = ("--max-total-tokens", "160", "--max-batch-total-tokens", "320", "--max-batch-prefill-tokens", "64")
@@ -161,6 +162,7 @@ def test_a_small_cache_that_displaces_answers_leaves_them_obedient() -> None:
         assert answer["details"]["finish_reason"] == "length" or re.fullmatch("([a-f]{10} ){8}", text)
 
 
+@pytest.mark.slow
 def test_it_can_be_switched_off() -> None:
     with serving("--disable-grammar-support") as server:
         request = body("x", max_new_tokens=4, grammar={"type": "regex", "value": "a"})

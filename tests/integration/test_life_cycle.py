@@ -22,7 +22,7 @@ SHUTTING_DOWN = {"error": "Server is shutting down", "error_type": "shutting_dow
 @pytest.fixture
 def server(reciting_model: Path) -> Iterator[Launched]:
     """A server for the test alone, which ends it."""
-    with starting("--model-id", str(reciting_model)) as started:
+    with starting("--model-id", str(reciting_model), "--max-shard-restarts", "0") as started:
         started.wait_until_ready()
         yield started
 
@@ -49,6 +49,7 @@ async def running_streams(server: Launched) -> AsyncIterator[list[asyncio.Task[l
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+@pytest.mark.fault("F8", "SIGTERM with streams shorter than the grace", "all finish, new ones 503, exit 0")
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 async def test_streams_finish_when_the_server_is_asked_to_end(server: Launched, number: signal.Signals) -> None:
     async with running_streams(server) as streams:
@@ -66,6 +67,8 @@ async def test_streams_finish_when_the_server_is_asked_to_end(server: Launched, 
     assert sum(message_of(line) == "Success" for line in server.lines) == NUM_STREAMS
 
 
+@pytest.mark.slow
+@pytest.mark.fault("F9", "SIGTERM with streams longer than the grace", "an error event for each, exit 0")
 async def test_a_drain_that_takes_too_long_ends_with_an_error_for_every_client(reciting_model: Path) -> None:
     with starting("--model-id", str(reciting_model), "--graceful-termination-timeout", "1") as server:
         server.wait_until_ready()
@@ -87,6 +90,7 @@ async def test_a_shard_that_is_killed_ends_the_server_in_one_line(server: Launch
     assert "Traceback" not in server.text
 
 
+@pytest.mark.fault("F6", "SIGKILL of the router", "shards end, exit 1")
 @pytest.mark.slow
 async def test_a_router_that_is_killed_ends_the_server_in_one_line(server: Launched) -> None:
     server.processes()["router"].kill()
@@ -94,13 +98,15 @@ async def test_a_router_that_is_killed_ends_the_server_in_one_line(server: Launc
     assert server.errors[-1].startswith("Webserver Crashed: killed by signal 9")
 
 
+@pytest.mark.fault("F12", "SIGKILL of the launcher", "no process is left")
 async def test_no_process_outlives_a_launcher_that_is_killed(server: Launched) -> None:
     async with running_streams(server):
-        assert len(server.processes()) == 3
+        assert len(server.processes()) == 4
         server.process.kill()
         assert server.end() == -signal.SIGKILL
 
 
+@pytest.mark.fault("F11", "SIGTERM while the model loads", "exit 0, nothing left")
 def test_a_launch_that_is_interrupted_while_it_loads_ends_well(reciting_model: Path) -> None:
     with starting("--model-id", str(reciting_model)) as server:
         while "Starting Webserver" not in server.text:
@@ -109,6 +115,7 @@ def test_a_launch_that_is_interrupted_while_it_loads_ends_well(reciting_model: P
         assert server.errors == []
 
 
+@pytest.mark.fault("F27", "two launchers side by side", "their ranks, sockets and ports never meet")
 @pytest.mark.slow
 def test_two_servers_side_by_side_never_meet(tiny_llama: Path, reciting_model: Path) -> None:
     """Started at the same moment, two ranks each: nobody's ranks, sockets or ports are anybody else's."""
@@ -120,15 +127,16 @@ def test_two_servers_side_by_side_never_meet(tiny_llama: Path, reciting_model: P
         two.wait_until_ready()
         assert generate(one, "a", max_new_tokens=3)["generated_text"] == "bcd"
         assert generate(two, "a", max_new_tokens=3)["generated_text"] != "bcd"
-        assert len(one.processes()) == len(two.processes()) == 4
+        assert len(one.processes()) == len(two.processes()) == 5
         assert one.stop() == 0
         assert metrics(two)["tgi_request_success"] == 1
         assert len(generate(two, "a", max_new_tokens=3)["details"]["tokens"]) == 3
         assert two.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_its_peer(reciting_model: Path) -> None:
-    with serving("--model-id", str(reciting_model), "--num-shard", "2") as server:
+    with serving("--model-id", str(reciting_model), "--num-shard", "2", "--max-shard-restarts", "0") as server:
         server.processes()["shard 1"].kill()
         assert server.end() == 1
         assert server.errors[-1].startswith("Shard 1 crashed: killed by signal 9")

@@ -67,6 +67,7 @@ async def leave(server: Launched, request: dict[str, Any], number: int, rng: ran
             await connection.leave()
 
 
+@pytest.mark.fault("F13", "1,000 clients go away, by FIN and by RST", "blocks, permits and descriptors as before")
 def test_1000_clients_that_go_away_leave_nothing_behind(reciting: Launched) -> None:
     processes = reciting.processes()
     rng = random.Random(3)
@@ -99,6 +100,7 @@ async def test_what_a_client_held_is_free_before_the_next_step(reciting: Launche
             wait_until_idle(reciting)
 
 
+@pytest.mark.fault("F13", "a client goes away while it waits", "it is forgotten")
 async def test_a_client_that_leaves_the_queue_is_forgotten(reciting: Launched) -> None:
     with reciting.shards_frozen():
         async with streams(reciting, 1, LONG_BODY), streams(reciting, 40, LONG_BODY) as waiting:
@@ -112,12 +114,13 @@ async def test_a_client_that_leaves_the_queue_is_forgotten(reciting: Launched) -
 
 @pytest.mark.parametrize("name", ["embedded", "reciting"])
 def test_an_idle_server_uses_no_processor(request: pytest.FixtureRequest, name: str) -> None:
-    assert_idle(request.getfixturevalue(name), {"launcher", "router", "shard 0"})
+    assert_idle(request.getfixturevalue(name), {"launcher", "router", "grammar worker", "shard 0"})
 
 
+@pytest.mark.slow
 def test_idle_ranks_do_not_spin_while_they_wait_for_each_other(tiny_llama: Path) -> None:
     with serving("--model-id", str(tiny_llama), "--num-shard", "2") as server:
-        assert_idle(server, {"launcher", "router", "shard 0", "shard 1"})
+        assert_idle(server, {"launcher", "router", "grammar worker", "shard 0", "shard 1"})
 
 
 def assert_idle(server: Launched, roles: set[str]) -> None:

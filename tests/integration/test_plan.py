@@ -29,6 +29,7 @@ def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_embedded_model_fits_here() -> None:
     done = plan()
     assert (done.returncode, done.stderr) == (0, "")
@@ -37,6 +38,7 @@ def test_the_embedded_model_fits_here() -> None:
     assert "--max-total-tokens 2048 (the model's positions)" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_not_here() -> None:
     done = plan("--plan-device", "L4", "--json-output", "--cuda-memory-fraction", "0.5")
     assert (done.returncode, done.stderr) == (0, "")
@@ -112,6 +114,7 @@ def refused(done: subprocess.CompletedProcess[str], text: str) -> None:
     assert all(line.startswith("Warning: ") for line in warnings), done.stderr
 
 
+@pytest.mark.slow
 def test_weights_that_no_machine_holds_are_refused_before_they_are_read(tmp_path: Path, tiny_llama: Path) -> None:
     """A file of 4 TiB that takes no space: to read it would take hours."""
     folder = shutil.copytree(tiny_llama, tmp_path / "model")
@@ -129,12 +132,14 @@ def test_weights_that_no_machine_holds_are_refused_before_they_are_read(tmp_path
     assert "TiB" not in line and "`--dtype bfloat16` halves them" in line
 
 
+@pytest.mark.slow
 def test_limits_that_need_too_much_are_refused_before_loading(tiny_llama: Path) -> None:
     line = refusal("--model-id", str(tiny_llama), "--max-batch-total-tokens", "2000000000")
     assert line.startswith("Shard 0 failed to start: not enough memory on cpu: ")
     assert "decrease `--max-batch-total-tokens` to" in line
 
 
+@pytest.mark.slow
 def test_every_limit_is_logged_with_how_it_came_about(tiny_llama: Path) -> None:
     with serving("--model-id", str(tiny_llama), "--max-batch-total-tokens", "1024") as server:
         assert "Maximum input tokens: 511 (`max_total_tokens` - 1)" in server.text

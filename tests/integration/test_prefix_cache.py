@@ -79,13 +79,14 @@ def test_a_prompt_whose_details_are_wanted_is_computed(tiny: Launched) -> None:
     assert [cached_tokens(tiny, text, decoder_input_details=True) for _ in range(2)] == [0, 0]
 
 
+@pytest.mark.slow
 def test_it_can_be_switched_off(tiny_llama: Path) -> None:
     with serving("--model-id", str(tiny_llama), "--prefix-caching", "0") as server:
         assert [cached_tokens(server, SHARED) for _ in range(2)] == [0, 0]
         assert metrics(server)["tgi_prefix_cache_blocks"] == 0
 
 
-@pytest.mark.parametrize("budget", ["16", "512"])
+@pytest.mark.parametrize("budget", [pytest.param("16", marks=pytest.mark.slow), "512"])
 def test_a_small_cache_is_used_up_and_stays_exact(tiny_llama: Path, budget: str) -> None:
     """512 tokens of cache for beginnings of 2,000: old ones give way, and requests displace one another as well."""
     beginnings = prompts(lengths=(50,) * 10, seed=9)

@@ -19,6 +19,7 @@ def slow(value: str) -> Any:
     return pytest.param(value, marks=pytest.mark.slow)
 
 
+@pytest.mark.fault("F22", "a port that is taken", "exit 1 in one line")
 def test_a_taken_port() -> None:
     with socket.create_server(("0.0.0.0", 0)) as holder:
         port = holder.getsockname()[1]
@@ -40,12 +41,14 @@ def test_an_architecture_that_cannot_run_on_paged_attention(tiny_model: MakeMode
     assert line.startswith(f"Shard 0 failed to start: model type `{model_type}` cannot be served: ")
 
 
+@pytest.mark.fault("F18", "a model type that nobody knows", "exit 1 in one line")
 @pytest.mark.slow
 def test_a_model_that_transformers_does_not_know(tmp_path: Path, tiny_llama: Path) -> None:
     folder = copied(tiny_llama, tmp_path, model_type="llama9")
     assert "`llama9` cannot be served: transformers" in refusal("--model-id", str(folder))
 
 
+@pytest.mark.fault("F17", "safetensors that are cut off", "exit 1 in one line, naming the file")
 def test_weights_that_are_cut_off(tmp_path: Path, tiny_llama: Path) -> None:
     folder = copied(tiny_llama, tmp_path)
     weights = folder / "model.safetensors"
@@ -61,6 +64,7 @@ def test_a_length_that_the_model_was_not_made_for(tiny_llama: Path) -> None:
     assert "`max_total_tokens` must be <= the 512 positions that the model was made for. Given: 4096" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["gpt2", slow("stablelm"), slow("cohere")])
 def test_two_shards_of_a_model_that_cannot_be_split(tiny_model: MakeModel, model_type: str) -> None:
     """Without a plan of `transformers`, or with norms over the heads."""

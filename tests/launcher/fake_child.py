@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import signal
@@ -86,6 +87,13 @@ def perform(action: str, argument: str) -> None:
         case "until":
             while not Path(argument).exists():
                 time.sleep(0.01)
+        case "first":
+            if os.environ.get("TGI_INCARNATION", "1") != argument:
+                time.sleep(600)
+        case "lost":
+            send_event("shards_lost", "shards are lost: a shard hangs", incarnation=int(argument))
+        case "stacks":
+            faulthandler.register(signal.SIGUSR1)
         case "sleep":
             time.sleep(float(argument))
         case "exit":

@@ -32,7 +32,14 @@ def fake_plan(shards: list[list[str]], router: list[str], download: list[str] | 
     )
 
 
-def supervise(plan: Plan, *, grace_s: float = 5.0, settle_s: float = SETTLE_S, until: str | None = None) -> int:
+def supervise(
+    plan: Plan,
+    *,
+    grace_s: float = 5.0,
+    settle_s: float = SETTLE_S,
+    until: str | None = None,
+    max_shard_restarts: int = 0,
+) -> int:
     """``until``: with everything over but the cleaning up, wait for this file."""
     sink = open_sink(Flags(json_output=True), os.environ)
 
@@ -40,7 +47,14 @@ def supervise(plan: Plan, *, grace_s: float = 5.0, settle_s: float = SETTLE_S, u
         sink.info("READY", None, **seconds)
 
     try:
-        supervisor = Supervisor(plan, sink, grace_s=grace_s, settle_s=settle_s, on_ready=on_ready)
+        supervisor = Supervisor(
+            plan,
+            sink,
+            grace_s=grace_s,
+            max_shard_restarts=max_shard_restarts,
+            settle_s=settle_s,
+            on_ready=on_ready,
+        )
         code = asyncio.run(supervisor.run())
     except LauncherError as error:
         sink.error(str(error), error=error.name)
@@ -59,5 +73,7 @@ if __name__ == "__main__":
     for asking in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(asking, signal.SIG_DFL)
     wanted = json.loads(sys.argv[1])
-    options = {name: wanted.pop(name) for name in ("grace_s", "settle_s", "until") if name in wanted}
+    options = {
+        name: wanted.pop(name) for name in ("grace_s", "settle_s", "until", "max_shard_restarts") if name in wanted
+    }
     sys.exit(supervise(fake_plan(**wanted), **options))

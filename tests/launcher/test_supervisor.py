@@ -65,6 +65,114 @@ def test_a_shard_that_dies_at_run_time_ends_everything(run: Start, actions: list
     assert started.lines[-1]["fields"]["error"] == "ShardFailed"
 
 
+def test_shards_that_die_are_started_again_and_the_router_stays(run: Start, process: Any, tmp_path: Path) -> None:
+    go, peer, router = (tmp_path / name for name in ("go", "peer", "router"))
+    environments = tmp_path / "environment"
+    started = run(
+        shards=[["ready", "first=1", f"until={go}", "die=9"], [f"pid={peer}", f"environment={environments}", *SERVE]],
+        router=[f"pid={router}", *SERVE],
+        max_shard_restarts=1,
+    )
+    started.wait_for("READY")
+    first_peer = process.pid_in(peer)
+    go.touch()
+    line = started.wait_for("Restarting the shards")
+    assert line["level"] == "ERROR"
+    assert line["fields"]["message"].startswith("Shard 0 crashed: killed by signal 9; ")
+    assert line["fields"]["message"].endswith(". Restarting the shards, 1 of 1 times")
+    started.wait_for("The shards are back after")
+    # The whole group: the others would wait for the dead one for ever.
+    assert process.ends_within(first_peer, 2.0)
+    assert process.pid_in(peer) != first_peer
+    assert "TGI_INCARNATION=2" in environments.read_text().split("\n")
+    assert psutil.pid_exists(process.pid_in(router))
+    started.signal(signal.SIGTERM)
+    assert started.end() == 0
+
+
+def test_shards_that_keep_dying_are_given_up(run: Start, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    started = run(shards=[["ready", f"until={go}", "sleep=0.2", "exit=1"]], router=SERVE, max_shard_restarts=2)
+    started.wait_for("READY")
+    go.touch()
+    assert started.end(timeout=60) == 1
+    assert sum("Restarting the shards" in message for message in started.messages) == 2
+    assert started.last_error == "Shard 0 crashed: exit code 1 (2 restarts in the last 10 minutes)"
+
+
+def test_a_restart_that_fails_counts(run: Start, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    actions = ["ready", f"until={go}", "error=no room", "exit=1"]
+    started = run(shards=[actions], router=SERVE, max_shard_restarts=3)
+    started.wait_for("READY")
+    go.touch()
+    assert started.end(timeout=60) == 1
+    assert sum("Restarting the shards" in message for message in started.messages) == 3
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_shards_of_which_the_router_says_that_they_hang(run: Start, restarts: int, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    started = run(
+        shards=[["stacks", "never-ends", *SERVE]],
+        router=["ready", f"until={go}", "lost=1", "sleep=600"],
+        max_shard_restarts=restarts,
+        settle_s=0.1,
+    )
+    started.wait_for("READY")
+    go.touch()
+    if restarts:
+        started.wait_for("The shards are back after")
+        started.signal(signal.SIGTERM)
+    assert started.end() == (0 if restarts else 1)
+    assert any("Shards are lost: a shard hangs" in message for message in started.messages)
+    # Where they were is in the log, before they were killed.
+    assert any("fake_child.py" in message and "in perform" in message for message in started.messages)
+
+
+def test_what_the_router_says_of_shards_that_are_gone_already_counts_for_nothing(run: Start, tmp_path: Path) -> None:
+    go, die = tmp_path / "go", tmp_path / "die"
+    started = run(
+        shards=[["ready", "first=1", f"until={die}", "die=9"]],
+        router=["ready", f"until={go}", "lost=1", "info=said", "sleep=600"],
+        max_shard_restarts=3,
+    )
+    started.wait_for("READY")
+    die.touch()
+    started.wait_for("The shards are back after")
+    go.touch()
+    started.wait_for("said")
+    time.sleep(0.5)
+    started.signal(signal.SIGTERM)
+    assert started.end() == 0
+    assert sum("Restarting the shards" in message for message in started.messages) == 1
+
+
+def test_a_router_that_dies_while_shards_are_restarted(run: Start, tmp_path: Path) -> None:
+    go, router = tmp_path / "go", tmp_path / "router"
+    started = run(
+        shards=[["first=1", "ready", f"until={go}", "die=9"]],
+        router=["ready", f"until={router}", "error=a defect", "exit=1"],
+        max_shard_restarts=3,
+    )
+    started.wait_for("READY")
+    go.touch()
+    started.wait_for("Restarting the shards")
+    router.touch()
+    assert started.end() == 1
+    assert started.last_error == "Webserver Crashed: a defect"
+
+
+def test_a_signal_while_shards_are_restarted(run: Start, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    started = run(shards=[["first=1", "ready", f"until={go}", "die=9"]], router=SERVE, max_shard_restarts=3)
+    started.wait_for("READY")
+    go.touch()
+    started.wait_for("Restarting the shards")
+    started.signal(signal.SIGTERM)
+    assert started.end() == 0
+
+
 def test_a_router_that_dies_ends_everything(run: Start, tmp_path: Path) -> None:
     go = tmp_path / "go"
     started = run(shards=[SERVE], router=["ready", f"until={go}", "error=Port 80 on 0.0.0.0 is taken", "exit=1"])
@@ -272,6 +380,7 @@ def test_a_line_that_is_no_json_is_passed_on(run: Start) -> None:
     assert lines["plain text"]["span"] == {"rank": 0, "name": "shard-manager"}
 
 
+@pytest.mark.fault("F25", "a log that nobody reads", "the children go on")
 def test_a_log_that_nobody_reads_does_not_stop_the_children(run: Start, tmp_path: Path) -> None:
     done = tmp_path / "done"
     started = run(shards=[["flood=20000", f"pid={done}", *SERVE]], router=SERVE)

@@ -47,7 +47,7 @@ def test_the_rest_is_passed_on() -> None:
         request(stop=("a",), top_n_tokens=2, decoder_input_details=True, seed=5, truncate=3), limits()
     )
     assert checked.seed == 5
-    valid = build_request(checked, [1, 2, 3, 4], limits(), seed=9, caller=Caller(traceparent="t", cache_salt=b"s"))
+    valid = build_request(checked, [1, 2, 3, 4], limits(), seed=9, caller=Caller(traceparent="t", tenant=b"s"))
     assert (valid.input_ids, valid.sampling.seed) == ([2, 3, 4], 9)
     assert (valid.traceparent, valid.cache_salt) == ("t", b"s")
     assert (valid.stop_sequences, valid.top_n_tokens, valid.decoder_input_details) == (("a",), 2, True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 import two_ranks
 from text_generation_proto.v1 import generate_pb2 as pb
 from text_generation_proto.v1 import generate_pb2_grpc as pb_grpc
@@ -49,6 +50,7 @@ def errors(log: Path) -> list[str]:
     return [line["message"] for line in lines if line["level"] == "ERROR"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_says_why_and_the_group_ends(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     with broken_group(tiny_model("llama"), tmp_path) as ranks, contextlib.ExitStack() as stack:
         channels = [stack.enter_context(grpc.insecure_channel(f"unix://{tmp_path}/shard-{rank}")) for rank in range(2)]

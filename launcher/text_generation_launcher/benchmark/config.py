@@ -145,8 +145,6 @@ def _target(flags: Flags) -> ShardAddress | ServerAddress:
         for name in ("api", "model"):
             if getattr(flags, name) is not None:
                 raise BenchmarkError(f"`--{name}` is about the server of `--url`: give that too, or leave it out")
-        if flags.watermark:
-            raise BenchmarkError("`--watermark` is not supported by shards yet; leave it out")
         socket = flags.master_shard_uds_path
         return ShardAddress(socket=Path(socket).absolute() if socket else None)
     if flags.master_shard_uds_path is not None:

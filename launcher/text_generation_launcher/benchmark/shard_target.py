@@ -22,8 +22,8 @@ from text_generation_launcher.sockets import launched_sockets
 DEFAULT_SOCKET = Path("/tmp/text-generation-server-0")
 """Of `text-generation-server serve` without `--uds-path`, as in TGI."""
 IN_USE = (
-    "This shard belongs to a launched server: a request to its router during the benchmark ends one of the two with an "
-    "error, and the first request behind it gets an error as well."
+    "This shard belongs to a launched server: a request to its router during the benchmark ends the benchmark, or "
+    "begins anew when that has ended."
 )
 
 
@@ -147,6 +147,7 @@ def sampling_parameters(sampling: Sampling, *, seed: int) -> pb.SamplingParamete
         frequency_penalty=sampling.frequency_penalty or 0.0,
         do_sample=sampling.samples,
         seed=seed,
+        watermark=sampling.watermark,
     )
 
 

@@ -14,6 +14,9 @@ from text_generation_router.errors import BodyTooLarge, NotJson, UnsupportedBody
 MAX_DEPTH = 64
 """Levels of arrays and objects in a body. No body of ours needs a dozen."""
 
+MAX_REASON = 300
+"""Characters of the reason why a body is refused."""
+
 _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
@@ -95,8 +98,10 @@ def _is_too_deep(body: bytes) -> bool:
 
 
 def _reason(message: str) -> str:
-    """msgspec's message with the path in front, where serde puts it."""
+    """msgspec's message with the path in front, where serde puts it. It quotes values, of whatever length."""
     reason, _, path = message.rpartition(" - at `$")
+    reason, path = reason[:MAX_REASON], path[:MAX_REASON]
+    message = message[:MAX_REASON]
     if not reason:
         return message.replace("Object missing required field", "missing field")
     reason = reason.replace("Object missing required field", "missing field")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from text_generation_router.api.body import header
+from text_generation_router.api.caller import key_of, tenant_of_key
 from text_generation_router.api.disconnect import ClientGone
 from text_generation_router.api.reply import send_empty
 from text_generation_router.draining import Drain
@@ -38,18 +38,14 @@ class ApiKey:
     """The keys of ``--api-key``; without any everybody is let in."""
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._digests = [tenant_of_key(key.encode()) for key in keys]
 
     def admits(self, scope: Scope) -> bool:
-        """Whether the request carries one of the keys: ``Authorization: Bearer <key>``, the key case-sensitive; or, as
-        Anthropic's clients send it, ``x-api-key: <key>``."""
+        """Whether the request carries one of the keys, case-sensitive."""
         if not self._digests:
             return True
-        scheme, _, key = (header(scope, b"authorization") or b"").partition(b" ")
-        if scheme.lower() != b"bearer":
-            key = header(scope, b"x-api-key") or b""
         # Digests have one length, and all are compared: the time it takes says nothing of the keys.
-        given = hashlib.sha256(key.strip()).digest()
+        given = tenant_of_key(key_of(scope) or b"")
         return any([hmac.compare_digest(given, digest) for digest in self._digests])
 
 

@@ -21,17 +21,17 @@ from text_generation_router.api.served import Served
 from text_generation_router.embedding.embedder import Embedded, Embedder
 from text_generation_router.embedding.requests import VECTORS_AT_ONCE, TextsRequest, Vectors
 from text_generation_router.errors import ValidationError
-from text_generation_router.generate_request import U32
+from text_generation_router.generate_request import U32, ShortText
 
 
 class EmbeddingsBody(msgspec.Struct, frozen=True, kw_only=True):
     """Body of ``/v1/embeddings``."""
 
     input: str | list[str | U32 | list[U32]]
-    model: str | None = None
+    model: ShortText | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: U32 | None = None
-    user: str | None = None
+    user: ShortText | None = None
     """Nobody is watched here, and the answer does not depend on it."""
 
 
@@ -42,7 +42,7 @@ class EmbedBody(msgspec.Struct, frozen=True, kw_only=True):
     normalize: bool | None = None
     truncate: bool | None = None
     truncation_direction: Literal["Left", "Right", "left", "right"] | None = None
-    prompt_name: str | None = None
+    prompt_name: ShortText | None = None
     dimensions: U32 | None = None
 
 

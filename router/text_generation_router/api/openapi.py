@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from text_generation_router.api.anthropic.schemas import MessageOut, MessagesBody, TokenCount
+from text_generation_router.api.caller import MAX_TIMEOUT_MS
 from text_generation_router.api.embeddings import EmbedBody, EmbeddingsAnswer, EmbeddingsBody
 from text_generation_router.api.openai.responses_input import ResponsesBody
 from text_generation_router.api.openai.schemas import (
@@ -31,6 +32,7 @@ from text_generation_router.api.schemas import (
     SimpleToken,
     StreamResponse,
 )
+from text_generation_router.generate_request import MAX_PRIORITY
 
 
 class ErrorBody(msgspec.Struct):
@@ -218,6 +220,7 @@ _TEXTS = {
     "400": "The body is no JSON",
     "401": "The API key is missing or wrong",
     "404": "There is no such model",
+    "408": "The time is over that `x-request-timeout-ms` gives it",
     "413": "The body is longer than `--payload-limit`",
     "415": "The body is no plain JSON by its headers",
     "422": "The request cannot be served as asked; the text says why",
@@ -226,8 +229,20 @@ _TEXTS = {
     "500": "A defect of the server",
     "503": "The server is not ready, or shutting down",
 }
+_HEADERS = (
+    (
+        "x-priority",
+        "Among the requests of one API key the highest is first; `priority` in the body has the last word",
+        {"minimum": -MAX_PRIORITY, "maximum": MAX_PRIORITY},
+    ),
+    (
+        "x-request-timeout-ms",
+        "What is not answered by then is not wanted any more",
+        {"minimum": 1, "maximum": MAX_TIMEOUT_MS},
+    ),
+)
 _OF_BODY = ("400", "413", "415", "422")
-_OF_GENERATION = ("424", "429", "500")
+_OF_GENERATION = ("408", "424", "429", "500")
 
 
 def document(version: str) -> dict[str, Any]:
@@ -297,6 +312,11 @@ def _operation(path: str, method: str, operation: Operation, by_type: Mapping[st
         result["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     if "{model}" in path:
         result["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
+    if _computes(path, operation):
+        result["parameters"] = [
+            {"name": name, "in": "header", "description": text, "schema": {"type": "integer", **bounds}}
+            for name, text, bounds in _HEADERS
+        ]
     if operation.protected:
         result["security"] = [{"key": []}]
     return result
@@ -321,13 +341,18 @@ def _event_schema(data: Any) -> dict[str, Any]:
 _PLAIN = str.maketrans({"{": None, "}": None, "-": "_", ".": "_"})
 
 
+def _computes(path: str, operation: Operation) -> bool:
+    """Whether the model has something to do."""
+    return operation.body is not None and path not in ("/tokenize", "/chat_tokenize", "/v1/messages/count_tokens")
+
+
 def _statuses(path: str, operation: Operation) -> list[str]:
     statuses = ["401", "503"] if operation.protected else []
     if path in ("/", "/health", "/ping"):
         statuses.append("503")
     if operation.body is not None:
         statuses += _OF_BODY
-    if operation.body is not None and path not in ("/tokenize", "/chat_tokenize", "/v1/messages/count_tokens"):
+    if _computes(path, operation):
         statuses += _OF_GENERATION
     if path.startswith("/v1/"):
         statuses.append("404")

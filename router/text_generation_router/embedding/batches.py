@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from text_generation_router.errors import GenerationFailed, RouterError, ShuttingDown
 from text_generation_router.metrics import Metrics
-from text_generation_router.shards.group import EmbeddingFailed, ShardGroup, ShardUnreachable
+from text_generation_router.shards.group import LOST, EmbeddingFailed, ShardGroup, ShardUnreachable
 
 MAX_BATCHES_IN_FLIGHT = 2
 """One is computed, one waits for it: the shard never waits for the router."""
 TURN = 16
 """Texts that a request puts into a batch before it is another's turn."""
 WATCH_EVERY_S = 1.0
+RECOVERY_PAUSE_S = 0.2
+MAX_CRASHES = 2
+"""Of the shard over one text: from then on it goes alone."""
 METHOD = "embed"
 """The label of TGI's metrics."""
 NO_SHARD = "Could not connect to Text Generation server: no shard answers"
@@ -88,7 +91,21 @@ class EncoderBatcher:
         self._num_in_flight = 0
         self._wake = asyncio.Event()
         self._answers = True
+        self._again: deque[list[Place]] = deque()
+        """Batches over which the shard was lost: each is computed alone."""
+        self._is_alone = False
+        """Whether one of them is computed now."""
+        self._crashes: Counter[Place] = Counter()
+        """How often the shard was lost over each of their texts."""
+        self._is_lost = False
+        self._draining = False
         self._closed = False
+
+    def drain(self) -> None:
+        """Nothing new will come, and a shard that is lost will not be started again."""
+        self._draining = True
+        if self._is_lost:
+            self._fail_all()
 
     def ready(self) -> bool:
         """Whether the shard answers and makes progress."""
@@ -98,6 +115,8 @@ class EncoderBatcher:
         """Vectors in the order of the texts. Raises: GenerationFailed, ShuttingDown."""
         if self._closed:
             raise ShuttingDown
+        if self._draining and self._is_lost:
+            raise GenerationFailed(NO_SHARD)
         job = Job(texts, asyncio.get_running_loop().create_future())
         self._jobs.append(job)
         self._metrics.queue_size.set(len(self._jobs))
@@ -112,10 +131,7 @@ class EncoderBatcher:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._watch(), name="watching the shard")
                 while True:
-                    while self._num_in_flight < MAX_BATCHES_IN_FLIGHT:
-                        batch = fill_batch(self._jobs, self._max_tokens)
-                        if not batch:
-                            break
+                    while batch := self._next_batch():
                         self._metrics.queue_size.set(len(self._jobs))
                         self._num_in_flight += 1
                         sent.update(batch)
@@ -124,7 +140,7 @@ class EncoderBatcher:
                     self._wake.clear()
         finally:
             self._closed = True
-            for job in {*self._jobs, *(job for job, _ in sent)}:
+            for job in {*self._jobs, *(job for batch in (sent, *self._again) for job, _ in batch)}:
                 _fail(job, ShuttingDown())
 
     async def _watch(self) -> None:
@@ -137,20 +153,29 @@ class EncoderBatcher:
         texts = [job.texts[index] for job, index in batch]
         metrics, started_at = self._metrics, time.perf_counter()
         metrics.batch_inference_count.inc(method=METHOD)
+        incarnation = self._shards.incarnation
         try:
             raw = await self._shards.embed(texts)
         except (EmbeddingFailed, ShardUnreachable) as error:
             metrics.batch_inference_failure.inc(method=METHOD)
             self._answers = isinstance(error, EmbeddingFailed)
+            if not self._answers and self._shards.restarts and not self._draining:
+                await self._lose(batch, incarnation)
+                return
             message = f"Server error: {error}" if self._answers else NO_SHARD
             for job in {job for job, _ in batch}:
                 _fail(job, GenerationFailed(message))
+        except asyncio.CancelledError:
+            for job in {job for job, _ in batch}:
+                _fail(job, ShuttingDown())
+            raise
         else:
             metrics.batch_inference_success.inc(method=METHOD)
             metrics.batch_inference_duration.observe(time.perf_counter() - started_at, method=METHOD)
             self._answers = True
             width = self._vector_bytes
             for place, (job, index) in enumerate(batch):
+                self._crashes.pop((job, index), None)
                 job.vectors[index] = raw[place * width : (place + 1) * width]
                 job.num_missing -= 1
                 if not job.num_missing and not job.done.done():
@@ -159,6 +184,47 @@ class EncoderBatcher:
             sent.difference_update(batch)
             self._num_in_flight -= 1
             self._wake.set()
+
+    def _next_batch(self) -> list[Place]:
+        """What is to be sent now, if anything."""
+        while self._again and all(job.done.done() for job, _ in self._again[0]):
+            self._again.popleft()  # its clients are gone
+        self._is_alone = self._num_in_flight > 0 and self._is_alone
+        if self._is_lost or self._is_alone or self._num_in_flight >= MAX_BATCHES_IN_FLIGHT:
+            return []
+        if self._again:
+            if self._num_in_flight:
+                return []
+            self._is_alone = True
+            return self._again.popleft()
+        return fill_batch(self._jobs, self._max_tokens)
+
+    async def _lose(self, batch: list[Place], incarnation: int) -> None:
+        """The shard was lost over a batch, and will be started again: have it computed then, by itself.
+
+        One of its texts may be what makes the shard fail. The second time they go one by one, and the one that is
+        alone when it happens again has failed.
+        """
+        if len(batch) == 1 and self._crashes[batch[0]] >= MAX_CRASHES:
+            del self._crashes[batch[0]]
+            _fail(batch[0][0], GenerationFailed(f"Server error: {LOST}"))
+        else:
+            self._crashes.update(batch)
+            suspected = any(self._crashes[place] >= MAX_CRASHES for place in batch)
+            self._again += [[place] for place in batch] if suspected else [batch]
+        self._is_lost = True
+        while self._is_lost:
+            try:
+                await self._shards.rejoin(incarnation)
+                self._is_lost = False
+            except ShardUnreachable:
+                if self._draining:
+                    break
+                await asyncio.sleep(RECOVERY_PAUSE_S)
+
+    def _fail_all(self) -> None:
+        for job in {*self._jobs, *(job for batch in self._again for job, _ in batch)}:
+            _fail(job, GenerationFailed(NO_SHARD))
 
 
 def _fail(job: Job, error: RouterError) -> None:

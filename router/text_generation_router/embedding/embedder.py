@@ -10,7 +10,7 @@ from typing import Protocol
 
 from text_generation_router.embedding.batches import EncoderBatcher
 from text_generation_router.embedding.requests import TextsRequest, Vectors, finish, tokenise
-from text_generation_router.errors import RouterError, ShuttingDown, first_of
+from text_generation_router.errors import DeadlineExceeded, RouterError, ShuttingDown, first_of
 from text_generation_router.generate_request import (
     NOBODY,
     Caller,
@@ -64,6 +64,11 @@ class EncoderEmbedder:
         self._metrics = metrics
         self._vocab_size = vocab_size
 
+    def drain(self) -> None:
+        """Take nothing new. What runs may finish, as long as the shard lives."""
+        self.draining = True
+        self._batcher.drain()
+
     def ready(self) -> bool:
         """Whether a request sent now would be served."""
         return not self.draining and self._batcher.ready()
@@ -71,23 +76,30 @@ class EncoderEmbedder:
     async def embed(self, request: TextsRequest, caller: Caller = NOBODY) -> Embedded:
         if self.draining:
             raise ShuttingDown
-        permit = self.permits.take()
+        permit = self.permits.take(caller.tenant)
         try:
-            started_at = time.perf_counter()
-            texts = await tokenise(
-                request,
-                self._tokenizer,
-                self._info,
-                max_tokens=self._info.max_input_tokens,
-                vocab_size=self._vocab_size,
-            )
-            tokenised_at = time.perf_counter()
-            for text in texts:
-                self._metrics.request_input_length.observe(len(text))
-            vectors = await finish(await self._batcher.embed(texts), request, self._info)
-            return _embedded(vectors, texts, started_at, tokenised_at)
+            async with asyncio.timeout(caller.timeout_s):
+                return await self._embed(request)
+        except TimeoutError:
+            assert caller.timeout_s is not None, "nothing else has a limit"
+            raise DeadlineExceeded(caller.timeout_s) from None
         finally:
             permit.release()
+
+    async def _embed(self, request: TextsRequest) -> Embedded:
+        started_at = time.perf_counter()
+        texts = await tokenise(
+            request,
+            self._tokenizer,
+            self._info,
+            max_tokens=self._info.max_input_tokens,
+            vocab_size=self._vocab_size,
+        )
+        tokenised_at = time.perf_counter()
+        for text in texts:
+            self._metrics.request_input_length.observe(len(text))
+        vectors = await finish(await self._batcher.embed(texts), request, self._info)
+        return _embedded(vectors, texts, started_at, tokenised_at)
 
 
 class SequenceEmbedder:
@@ -99,7 +111,7 @@ class SequenceEmbedder:
         self._info = info
 
     async def embed(self, request: TextsRequest, caller: Caller = NOBODY) -> Embedded:
-        (permit,) = self._inference.reserve(1)
+        (permit,) = self._inference.reserve(1, caller)
         try:
             started_at = time.perf_counter()
             limits = self._inference.limits

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from text_generation_proto.grammars import GrammarError
 
 from text_generation_router.detokenizer import Detokenizer
 from text_generation_router.errors import GenerationFailed, InternalError, RouterError, ShuttingDown
 from text_generation_router.metrics import Metrics
 from text_generation_router.scheduling.answers import Answer, start_answer
+from text_generation_router.scheduling.backlog import Departures
 from text_generation_router.scheduling.costs import StepWork
 from text_generation_router.scheduling.door import Door
 from text_generation_router.scheduling.messages import step_request
 from text_generation_router.scheduling.requests import QueuedRequest
 from text_generation_router.scheduling.steps import RunningSequence, StepPlan, StepScheduler
 from text_generation_router.shards.convert import Generation, StepResult
-from text_generation_router.shards.group import ShardGroup, ShardUnreachable
+from text_generation_router.shards.group import GroupFailure, ShardGroup, ShardUnreachable
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +32,7 @@ MAX_STEPS_IN_FLIGHT = 2
 """One executes, one is queued: the shards never wait for the router, and a finished sequence costs one row."""
 
 _RECOVERY_PAUSE_S = 0.2
+OUT_OF_MEMORY_WINDOW_S = 60.0
 
 NOT_CONNECTED = "Could not connect to Text Generation server: no shard answers"
 
@@ -35,6 +40,7 @@ NOT_CONNECTED = "Could not connect to Text Generation server: no shard answers"
 @dataclass(frozen=True, slots=True)
 class _SentStep:
     sent_at: float
+    plan: StepPlan
     work: StepWork
     follows: bool
     """Whether the shards had another step to do when it was sent: then they should not idle before it."""
@@ -63,8 +69,12 @@ class Batcher:
         self._sent: dict[int, _SentStep] = {}
         self._results: deque[StepResult] = deque()
         self._last_result_at = 0.0
-        self._failure: str | None = None
+        self._failure: GroupFailure | None = None
         self._unreachable = False
+        """Whether the shards are gone for good, for all that is known here."""
+        self._draining = False
+        self._departures = Departures()
+        self._out_of_memory_at = -math.inf
         self._closed = False
         self._wake = asyncio.Event()
         self._alarm: asyncio.TimerHandle | None = None
@@ -75,6 +85,7 @@ class Batcher:
         shards.on_failure = self._on_failure
         metrics.batch_max_total_tokens.set(scheduler.leases.num_blocks * scheduler.leases.block_size)
         metrics.kv_cache_blocks_total.set(scheduler.leases.num_blocks)
+        metrics.batch_max_prefill_tokens.set(scheduler.limits.max_batch_prefill_tokens)
 
     @property
     def num_requests(self) -> int:
@@ -92,12 +103,33 @@ class Batcher:
         """
         if self._closed:
             raise ShuttingDown
-        if self._unreachable:
+        if self._unreachable or (self._draining and self._shards.is_lost):
             raise GenerationFailed(NOT_CONNECTED)
         self._answers[queued] = start_answer(queued, self._detokenizer, self._shards.info.eos_token_ids)
         self._scheduler.waiting.append(queued)
         self._metrics.queue_size.set(len(self._scheduler.waiting))
         self._wake.set()
+
+    def expire(self, queued: QueuedRequest, error: RouterError) -> None:
+        """End a request whose time is over. Harmless for one that has ended."""
+        if queued in self._answers:
+            self._scheduler.cancel(queued)
+            self._fail([queued], error)
+            self._wake.set()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._scheduler.waiting)
+
+    def retry_after_s(self) -> int:
+        """When it is worth for a client to come back that is refused now."""
+        return self._departures.retry_after_s(self.num_waiting)
+
+    def drain(self) -> None:
+        """Nothing new will come, and no shard that is lost will be restarted: what waits for one fails at once."""
+        self._draining = True
+        if self._shards.is_lost:
+            self._give_up()
 
     def cancel(self, queued: QueuedRequest) -> None:
         """Forget a request whose client went away; its blocks are free at once. Harmless for one that has ended."""
@@ -147,7 +179,7 @@ class Batcher:
             follows = self._shards.num_in_flight > 0
             step_id = await self._shards.send(step_request(plan, prefill_logprobs=self._shards.info.prefill_logprobs))
             if plan.chunks or plan.decodes:
-                self._sent[step_id] = _SentStep(now, plan.work, follows)
+                self._sent[step_id] = _SentStep(now, plan, plan.work, follows)
 
     def _waits_for_others(self) -> bool:
         """Whether the next step is better planned a little later; the loop is woken then."""
@@ -178,8 +210,8 @@ class Batcher:
         self._results.append(result)
         self._wake.set()
 
-    def _on_failure(self, message: str) -> None:
-        self._failure = message
+    def _on_failure(self, failure: GroupFailure) -> None:
+        self._failure = failure
         self._wake.set()
 
     def _apply(self, result: StepResult) -> None:
@@ -237,6 +269,7 @@ class Batcher:
 
     def _end(self, sequence: RunningSequence, error: RouterError | None) -> None:
         self._scheduler.finish(sequence, keep=error is None)
+        self._departures.note(time.perf_counter(), num_left=len(self._answers) - 1)
         if error is None:
             del self._answers[sequence.queued]
             sequence.queued.stream.close()
@@ -244,31 +277,93 @@ class Batcher:
             self._fail([sequence.queued], error)
 
     async def _recover(self) -> None:
-        """Begin an epoch with empty shards. What ran in the old one has failed; what waits goes on waiting, unless
-        the shards cannot be reached: then nobody knows for how long, and it fails as well."""
-        message, self._failure = self._failure, None
-        for sent in self._sent.values():
-            self._metrics.batch_inference_failure.inc(method=sent.method)
+        """Begin an epoch with empty shards, and go on with all that ran in the old one from its token log."""
+        failure, self._failure = self._failure, None
+        sent = list(self._sent.values())
+        for step in sent:
+            self._metrics.batch_inference_failure.inc(method=step.method)
+        refused = None if failure is None else self._sent.get(failure.step_id or 0)
         self._results.clear()
         self._sent.clear()
-        self._fail(self._scheduler.abandon_epoch(), GenerationFailed(f"Server error: {message}"))
+        lost = self._scheduler.abandon_epoch()
+        if failure is not None:
+            if failure.is_lost and (self._draining or not self._shards.restarts):
+                self._fail(lost, GenerationFailed(f"Server error: {failure.message}"))
+            else:
+                self._replay(lost, failure, sent, refused)
         while True:
             try:
-                await self._shards.reset()
+                await self._reset()
             except ShardUnreachable as error:
-                if not self._unreachable:
-                    logger.warning("The shards do not answer: %s", error)
-                self._unreachable = True
-                self._scheduler.waiting.clear()
-                self._fail(list(self._answers), GenerationFailed(NOT_CONNECTED))
+                if self._draining or not self._shards.restarts:
+                    if not self._unreachable:
+                        logger.warning("The shards do not answer: %s", error)
+                    self._give_up()
                 await asyncio.sleep(_RECOVERY_PAUSE_S)
             else:
                 self._unreachable = False
                 return
 
+    async def _reset(self) -> None:
+        """Raises: ShardUnreachable."""
+        await self._shards.reset()
+        # Else the first step with each would wait until it is compiled.
+        for grammar in {queued.request.grammar for queued in self._answers}:
+            if grammar is not None:
+                with contextlib.suppress(GrammarError, TimeoutError):
+                    await self._shards.compile_grammar(grammar)
+
+    def _replay(
+        self, lost: Sequence[QueuedRequest], failure: GroupFailure, sent: Sequence[_SentStep], refused: _SentStep | None
+    ) -> None:
+        """Put back what ran, ahead of all that waits; but for what must not run again.
+
+        A step that ran out of memory costs the prompts that it took in. Any other failure makes suspects of all that
+        the shards were computing; one that was computed alone, because it was suspected, is guilty.
+        """
+        error = GenerationFailed(f"Server error: {failure.message}")
+        computed = {sequence.queued for step in sent for sequence in step.plan.sequences()}
+        guilty: set[QueuedRequest] = set()
+        if failure.out_of_memory and refused is not None and refused.plan.chunks:
+            taken_in = {sequence.queued for sequence, _ in refused.plan.chunks}
+            # Those that go on after another failure are prompts as well.
+            guilty = {queued for queued in taken_in if not queued.output_ids} or taken_in
+            self._note_out_of_memory()
+        elif len(computed) == 1 and next(iter(computed)).is_suspect:
+            guilty = computed
+        else:
+            for queued in computed:
+                queued.num_crashes += 1
+        self._fail([queued for queued in lost if queued in guilty], error)
+        survivors = [queued for queued in lost if queued not in guilty]
+        self._scheduler.put_back(survivors)
+        self._metrics.request_replay_count.inc(len(survivors))
+        if survivors:
+            suspects = sum(queued.is_suspect for queued in survivors)
+            logger.warning("%s requests go on from where they were, %s of them alone first", len(survivors), suspects)
+        self._show_state()
+
+    def _note_out_of_memory(self) -> None:
+        """The second time within a minute the steps are too large for this machine."""
+        self._metrics.out_of_memory_count.inc()
+        now, before = time.monotonic(), self._out_of_memory_at
+        self._out_of_memory_at = now
+        if now - before < OUT_OF_MEMORY_WINDOW_S:
+            budget = self._scheduler.halve_prefill_budget()
+            self._metrics.batch_max_prefill_tokens.set(budget)
+            logger.warning("Out of memory again: steps take in %s tokens of prompts from now on", budget)
+
+    def _give_up(self) -> None:
+        """Nobody knows when a shard will answer, or whether: fail what waits for one."""
+        self._unreachable = True
+        self._scheduler.abandon_epoch()
+        self._scheduler.waiting.clear()
+        self._fail(list(self._answers), GenerationFailed(NOT_CONNECTED))
+
     def _fail(self, requests: Iterable[QueuedRequest], error: RouterError) -> None:
         for queued in requests:
             self._answers.pop(queued, None)
+            self._scheduler.forget(queued)
             queued.stream.fail(error)
         self._show_state()
 

@@ -49,6 +49,7 @@ def _new_sequence(sequence: RunningSequence, *, prefill_logprobs: bool) -> pb.Ne
             count_penalty=sampling.count_penalty,
             bias_ids=[token_id for token_id, _ in sampling.logit_bias],
             biases=[bias for _, bias in sampling.logit_bias],
+            watermark=sampling.watermark,
         ),
         top_n_tokens=request.top_n_tokens,
         # Once there is output, the prompt's logprobs have all been reported.

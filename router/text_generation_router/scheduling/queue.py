@@ -1,12 +1,13 @@
-"""Requests that wait for their first step, in arrival order, and the rule that may hold them back."""
+"""Requests that wait for their first step, whose turn it is, and the rule that may hold them back."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+import bisect
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 from text_generation_router.scheduling.requests import QueuedRequest
+from text_generation_router.scheduling.shares import Shares
 
 TGI_WAITING_SERVED_RATIO = 0.3
 TGI_MAX_WAITING_TOKENS = 20
@@ -47,37 +48,97 @@ def admission_hold(waiting_served_ratio: float | None, max_waiting_tokens: int |
 
 
 class WaitingQueue:
-    """First in, first out; a pre-empted request comes back at the front, since it was admitted before the others."""
+    """Whose turn it is: suspects alone and first; then of the least served tenant the request of highest priority, of
+    equals the one that came first.
 
-    def __init__(self) -> None:
-        self._requests: deque[QueuedRequest] = deque()
+    A request that comes back, pre-empted or from shards that failed, takes the place that its arrival gives it.
+    """
+
+    def __init__(self, *, fair_shares: bool = True) -> None:
+        """``fair_shares``: else all requests are one tenant's."""
+        self.shares = Shares()
+        self._fair = fair_shares
+        self._lists: dict[Hashable, list[tuple[int, int, QueuedRequest]]] = {}
+        """Of each tenant that has any, in order: minus priority, number of arrival."""
+        self._suspects: list[tuple[int, int, QueuedRequest]] = []
+        self._arrivals: dict[QueuedRequest, int] = {}
+        """Number of arrival of all that wait or run."""
+        self._num_arrived = 0
+        self._num_waiting = 0
 
     def __len__(self) -> int:
-        return len(self._requests)
+        return self._num_waiting
 
     def __iter__(self) -> Iterator[QueuedRequest]:
-        return iter(self._requests)
+        return (queued for entries in (self._suspects, *self._lists.values()) for _, _, queued in entries)
+
+    def tenant_of(self, queued: QueuedRequest) -> Hashable:
+        return queued.request.tenant if self._fair else None
 
     def append(self, queued: QueuedRequest) -> None:
-        self._requests.append(queued)
+        """A request comes."""
+        self._num_arrived += 1
+        self._arrivals[queued] = self._num_arrived
+        self.shares.enter(self.tenant_of(queued))
+        self._insert(queued)
 
     def put_back(self, queued: QueuedRequest) -> None:
-        self._requests.appendleft(queued)
+        """One that was popped waits again."""
+        self._insert(queued)
+
+    def leave(self, queued: QueuedRequest) -> None:
+        """A request has ended that was popped. Harmless for one that is not known any more."""
+        if self._arrivals.pop(queued, None) is not None:
+            self.shares.leave(self.tenant_of(queued))
 
     def first(self) -> QueuedRequest | None:
         """The next request, left in the queue."""
-        return self._requests[0] if self._requests else None
+        if self._suspects:
+            return self._suspects[0][2]
+        if not self._lists:
+            return None
+        return self._lists[self.shares.next_of(self._lists)][0][2]
 
     def pop(self) -> QueuedRequest:
-        return self._requests.popleft()
+        """The same, taken out of it; it stays known until it is put back or leaves."""
+        queued = self.first()
+        if queued is None:
+            raise IndexError("nothing waits")
+        self._take_out(queued)
+        return queued
 
     def remove(self, queued: QueuedRequest) -> bool:
-        """Take a request out of the middle; False when it is not waiting."""
-        try:
-            self._requests.remove(queued)
-        except ValueError:
+        """Forget a request that waits; False when it does not wait."""
+        if queued not in self._arrivals or not self._take_out(queued):
             return False
+        self.leave(queued)
         return True
 
     def clear(self) -> None:
-        self._requests.clear()
+        """Forget all that wait."""
+        for queued in list(self):
+            self.remove(queued)
+
+    def _key(self, queued: QueuedRequest) -> tuple[int, int]:
+        return -queued.request.priority, self._arrivals[queued]
+
+    def _insert(self, queued: QueuedRequest) -> None:
+        entries = self._suspects if queued.is_suspect else self._lists.setdefault(self.tenant_of(queued), [])
+        bisect.insort(entries, (*self._key(queued), queued), key=_order)
+        self._num_waiting += 1
+
+    def _take_out(self, queued: QueuedRequest) -> bool:
+        tenant = self.tenant_of(queued)
+        for entries in (self._suspects, self._lists.get(tenant, [])):
+            place = bisect.bisect_left(entries, self._key(queued), key=_order)
+            if place < len(entries) and entries[place][2] is queued:
+                del entries[place]
+                self._num_waiting -= 1
+                if tenant in self._lists and not self._lists[tenant]:
+                    del self._lists[tenant]
+                return True
+        return False
+
+
+def _order(entry: tuple[int, int, QueuedRequest]) -> tuple[int, int]:
+    return entry[:2]

@@ -11,6 +11,9 @@ from text_generation_proto.grammars import Grammar
 
 from text_generation_router.errors import RouterError
 
+SUSPECT_CRASHES = 2
+"""One may be an accident."""
+
 
 class FinishReason(enum.StrEnum):
     LENGTH = "length"
@@ -37,6 +40,7 @@ class Sampling:
     """For each time a token was generated: OpenAI's frequency penalty."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Distinct token ids, and what is added to the logit of each."""
+    watermark: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +65,10 @@ class ValidRequest:
     """Only requests of one salt share computed prompts."""
     embeds: bool = False
     """Report the mean of the prompt's last hidden states with its one token."""
+    tenant: bytes = b""
+    """Whom its tokens are counted for: requests of one tenant share their part of the server."""
+    priority: int = 0
+    """Among those of its tenant; the largest is first."""
 
     @property
     def reads_whole_prompt(self) -> bool:
@@ -203,6 +211,15 @@ class QueuedRequest:
     """Prompt tokens that were taken from the prefix cache on the way to the first token."""
     embedding: bytes = b""
     """Float32, little endian, once there is a token; of a request that embeds."""
+    is_charged: bool = False
+    """Whether its prompt was counted for its tenant: computing it again is not what it asked for."""
+    num_crashes: int = 0
+    """How often the shards failed while they computed it, since it was last computed alone."""
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it may be the one that makes the shards fail: it is computed alone until it has shown otherwise."""
+        return self.num_crashes >= SUSPECT_CRASHES
 
     @property
     def num_prompt_tokens(self) -> int:

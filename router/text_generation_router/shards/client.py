@@ -64,15 +64,16 @@ class ShardClient:
         response: pb.EmbedResponse = await self._stub.Embed(request, timeout=timeout_s)
         return response.vectors
 
-    async def epoch(self, timeout_s: float) -> int:
-        """The epoch that the shard is in. Raises: grpc.aio.AioRpcError."""
+    async def health(self, timeout_s: float) -> pb.HealthResponse:
+        """Waits for the shard to listen. Raises: grpc.aio.AioRpcError."""
         response: pb.HealthResponse = await self._stub.Health(
             pb.HealthRequest(), timeout=timeout_s, wait_for_ready=True
         )
-        return response.epoch
+        return response
 
     async def clear_cache(self, epoch: int, timeout_s: float) -> None:
-        await self._stub.ClearCache(pb.ClearCacheRequest(epoch=epoch), timeout=timeout_s, wait_for_ready=True)
+        """Raises: grpc.aio.AioRpcError."""
+        await self._stub.ClearCache(pb.ClearCacheRequest(epoch=epoch), timeout=timeout_s)
 
     async def open_steps(self, on_result: Callable[[pb.StepResult], None], on_end: Callable[[str], None]) -> None:
         """Open the step stream; a stream that was open before is cancelled without a call to its ``on_end``."""

@@ -1,4 +1,8 @@
-"""All shards as one: every rank gets the same steps, a step is done when every rank has acknowledged it."""
+"""All shards as one: every rank gets the same steps, a step is done when every rank has acknowledged it.
+
+A rank that is gone or hangs takes the group with it: its peers wait for it in a collective. Where a launcher restarts
+the group, it is told, and the group goes on with the next incarnation.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
+from typing import NamedTuple
 
 import grpc
 import grpc.aio
 from text_generation_proto.grammars import Grammar, GrammarError, to_proto
+from text_generation_proto.logs import send_event
 from text_generation_proto.v1 import generate_pb2 as pb
 
 from text_generation_router.config import ConfigError, WarmupLimits
@@ -32,11 +38,12 @@ _UNARY_TIMEOUT_S = 60.0
 _RESET_TIMEOUT_S = 5.0
 """A shard takes a reset behind the step it is in; when that takes longer, the reset is tried again."""
 _HEALTH_TIMEOUT_S = 5.0
-_WATCH_EVERY_S = 1.0
-STALL_LIMIT_S = 60.0
+_WATCH_EVERY_S = 0.5
 STALL_LIMIT_PER_TOKEN_S = 0.01
-"""A shard reports progress after every layer. One that reports none for so long, in a step of so many tokens, hangs:
-a layer takes far less, and a first step that compiles kernels takes less as well."""
+"""A shard reports progress after every layer. One that reports none for the stall timeout, and so much longer for each
+token of its step, hangs: a layer takes far less, and a first step that compiles kernels takes less as well."""
+
+DEFAULT_STALL_TIMEOUT_S = 60.0
 
 LOST = "a shard was lost"
 HANGS = "a shard hangs"
@@ -50,6 +57,27 @@ class EmbeddingFailed(Exception):
     """A shard could not compute the vectors of a batch; the text is fit for clients."""
 
 
+class Identity(NamedTuple):
+    """Which start of which launch a shard is of."""
+
+    incarnation: int
+    launcher_nonce: str
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFailure:
+    """Why nothing comes any more."""
+
+    message: str
+    """Fit for clients."""
+    is_lost: bool
+    """A rank is gone or hangs, and the group with it; otherwise a step was refused, and a reset helps."""
+    step_id: int | None = None
+    """The step that was refused."""
+    out_of_memory: bool = False
+    """It was refused for want of memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class _SentStep:
     sent_at: float
@@ -60,16 +88,33 @@ class ShardGroup:
     """The rank group of one launch.
 
     Results come by ``on_result`` in step order, once all ranks have acknowledged the step. ``on_failure`` says that
-    a rank refused a step, hangs, or cannot be reached any more, after which nothing comes until ``reset``; its text is
-    fit for clients.
+    a rank refused a step, hangs, or cannot be reached any more, after which nothing comes until ``reset``.
     """
 
-    def __init__(self, clients: list[ShardClient], info: ShardInfo) -> None:
+    def __init__(
+        self,
+        clients: list[ShardClient],
+        info: ShardInfo,
+        identity: Identity,
+        *,
+        stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
+        restarts: bool = False,
+    ) -> None:
+        """``restarts``: somebody starts the group anew when a rank is lost."""
         self.info = info
+        self.restarts = restarts
         self.epoch = 0
         self.on_result: Callable[[StepResult], None] = lambda result: None
-        self.on_failure: Callable[[str], None] = lambda message: None
+        self.on_failure: Callable[[GroupFailure], None] = lambda failure: None
         self._clients = clients
+        self._identity = identity
+        self._stall_timeout_s = stall_timeout_s
+        self._is_lost = False
+        """Whether it takes another incarnation to go on."""
+        self._silent_since: float | None = None
+        """Since when resets are not answered."""
+        self._warmed: WarmupLimits | None = None
+        """What another incarnation has to make room for."""
         self._step_id = 0
         self._sent: dict[int, _SentStep] = {}
         self._acknowledged_at = 0.0
@@ -88,6 +133,8 @@ class ShardGroup:
 
     async def watch(self) -> None:
         """Find shards that hang, which end no step and break no connection. Runs until cancelled."""
+        progress = [0.0] * len(self._clients)
+        """When each rank last made some, as far as it is known."""
         while True:
             await self._in_flight.wait()
             await asyncio.sleep(_WATCH_EVERY_S)
@@ -95,15 +142,21 @@ class ShardGroup:
             if oldest is None:
                 self._in_flight.clear()
                 continue
-            limit_s = STALL_LIMIT_S + STALL_LIMIT_PER_TOKEN_S * oldest.num_tokens
+            limit_s = self._limit_s(oldest.num_tokens)
             # A step runs when the one before it has ended.
-            if time.monotonic() - max(oldest.sent_at, self._acknowledged_at) < limit_s:
+            begun_at = max(oldest.sent_at, self._acknowledged_at)
+            if self._failed or time.monotonic() - begun_at < limit_s / 2:
                 continue
             epoch = self.epoch
-            ages_s = await asyncio.gather(*(client.progress_age_s(_HEALTH_TIMEOUT_S) for client in self._clients))
-            hangs = any(age is None or age > limit_s for age in ages_s) or not any(ages_s)
-            if hangs and epoch == self.epoch and oldest in self._sent.values():
-                self._fail(HANGS, f"no progress for {limit_s:.0f} s in a step of {oldest.num_tokens} tokens: {ages_s}")
+            ages_s = await asyncio.gather(*(client.progress_age_s(_WATCH_EVERY_S) for client in self._clients))
+            now = time.monotonic()
+            for rank, age_s in enumerate(ages_s):
+                # One that is idle has ended the step; where all are, it never began. No answer says nothing yet.
+                if age_s or (age_s is not None and any(ages_s)):
+                    progress[rank] = now - age_s
+            oldest_progress = min(max(begun_at, last) for last in progress)
+            if now - oldest_progress > limit_s and epoch == self.epoch and oldest in self._sent.values():
+                self._lose(HANGS, f"no progress for {limit_s:.0f} s in a step of {oldest.num_tokens} tokens: {ages_s}")
 
     async def warmup(self, limits: WarmupLimits) -> KVCacheSize:
         """Size the KV cache on all ranks; the smallest answer counts. Raises: ConfigError with the shard's reason."""
@@ -112,7 +165,10 @@ class ShardGroup:
             responses = await asyncio.gather(*(client.warmup(request, _UNARY_TIMEOUT_S) for client in self._clients))
         except grpc.aio.AioRpcError as error:
             raise ConfigError(f"Unable to warmup the Python model shards: {error.details()}") from error
-        return min((kv_cache_size(response) for response in responses), key=lambda size: size.num_blocks)
+        size = min((kv_cache_size(response) for response in responses), key=lambda size: size.num_blocks)
+        # Another incarnation may find more memory free, or less: what requests were admitted by has to stay true.
+        self._warmed = replace(limits, max_batch_total_tokens=size.num_blocks * self.info.block_size)
+        return size
 
     async def compile_grammar(self, grammar: Grammar) -> None:
         """Have the rank that samples compile a grammar, ahead of the sequences that are to obey it.
@@ -127,12 +183,14 @@ class ShardGroup:
                 raise GrammarError(error.details() or "") from error
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise TimeoutError from error
+            if self.restarts:
+                return  # who asked has to wait for the shards anyway, and it is compiled again when they are back
             raise ShardUnreachable(error.details() or str(error.code())) from error
 
     async def makes_progress(self) -> bool:
         """Whether rank 0 answers, and what it does goes on; asks it."""
         age_s = await self._clients[0].progress_age_s(_HEALTH_TIMEOUT_S)
-        return age_s is not None and age_s < STALL_LIMIT_S
+        return age_s is not None and age_s < self._stall_timeout_s
 
     async def embed(self, texts: Sequence[Sequence[int]]) -> bytes:
         """Float32 [texts, dimensions], little endian, of an encoder.
@@ -141,18 +199,20 @@ class ShardGroup:
         """
         lengths = [len(text) for text in texts]
         request = pb.EmbedRequest(token_ids=chain.from_iterable(texts), lengths=lengths)
-        limit_s = STALL_LIMIT_S + STALL_LIMIT_PER_TOKEN_S * sum(lengths)
+        incarnation = self.incarnation
         try:
-            return await self._clients[0].embed(request, limit_s)
+            return await self._clients[0].embed(request, self._limit_s(sum(lengths)))
         except grpc.aio.AioRpcError as error:
             if error.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED):
                 raise EmbeddingFailed(error.details() or "") from error
+            self._tell_launcher(f"{LOST}: {error.details()}", incarnation)
             raise ShardUnreachable(error.details() or str(error.code())) from error
 
     async def reset(self) -> None:
-        """Begin a new epoch: shards drop all sequences, open streams are replaced.
+        """Begin a new epoch: shards drop all sequences, open streams are replaced. After a rank was lost, and where
+        the group is restarted, in the next incarnation.
 
-        Raises: ShardUnreachable.
+        Raises: ShardUnreachable, also while it does not answer yet.
         """
         self._failed = True
         self._step_id = 0
@@ -160,16 +220,71 @@ class ShardGroup:
         self._acknowledged.clear()
         self._results.clear()
         await asyncio.gather(*(client.close_steps() for client in self._clients))
+        if self._is_lost and self.restarts:
+            await self.rejoin(self.incarnation)
+            self._is_lost = False
         try:
             # A router before this one, or a benchmark, has begun epochs of its own.
-            epochs = await asyncio.gather(*(client.epoch(_RESET_TIMEOUT_S) for client in self._clients))
-            self.epoch = max(self.epoch, *epochs) + 1
+            states = await asyncio.gather(*(client.health(_RESET_TIMEOUT_S) for client in self._clients))
+            if self.restarts and any(state.incarnation != self.incarnation for state in states):
+                # It refused a step, ended, and is started already: without its KV cache.
+                self._is_lost = True
+                raise ShardUnreachable("the shards were started again")
+            self.epoch = max(self.epoch, *(state.epoch for state in states)) + 1
             await asyncio.gather(*(client.clear_cache(self.epoch, _RESET_TIMEOUT_S) for client in self._clients))
         except grpc.aio.AioRpcError as error:
+            self._note_silence()
             raise ShardUnreachable(error.details() or str(error.code())) from error
+        self._silent_since = None
         for client in self._clients:
-            await client.open_steps(self._take, self._lose)
-        self._failed = False
+            await client.open_steps(self._take, lambda details: self._lose(LOST, details))
+        self._failed = self._is_lost = False
+
+    def _note_silence(self) -> None:
+        """No step is under way whose age could be watched."""
+        now = time.monotonic()
+        self._silent_since = self._silent_since or now
+        if now - self._silent_since > self._stall_timeout_s and not self._is_lost:
+            self._is_lost = True
+            self._tell_launcher(HANGS, self.incarnation)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it takes another incarnation to go on."""
+        return self._is_lost
+
+    @property
+    def incarnation(self) -> int:
+        """How often the group was started, as far as it is known."""
+        return self._identity.incarnation
+
+    async def rejoin(self, after: int) -> None:
+        """Go on with an incarnation later than that.
+
+        Raises: ShardUnreachable until all ranks of it answer, and have room for what was planned.
+        """
+        if self.incarnation > after:
+            return
+        try:
+            messages = await asyncio.gather(*(client.info(_RESET_TIMEOUT_S) for client in self._clients))
+        except grpc.aio.AioRpcError as error:
+            raise ShardUnreachable(error.details() or str(error.code())) from error
+        identity, *others = (_identity(message) for message in messages)
+        if (
+            any(other != identity for other in others)
+            or identity.launcher_nonce != self._identity.launcher_nonce
+            or identity.incarnation <= after
+        ):
+            raise ShardUnreachable("the shards are not restarted yet")
+        self._identity = identity
+        if self._warmed is None:
+            return
+        try:
+            size = await self.warmup(self._warmed)
+        except ConfigError as error:
+            self._tell_launcher(str(error), self.incarnation)
+            raise ShardUnreachable(str(error)) from error
+        logger.info("The shards are back: KV-cache blocks %s (%s)", size.num_blocks, size.derivation)
 
     async def send(self, step: pb.StepRequest) -> int:
         """Number a step, send it to every rank and return the number. A rank that is gone is an ``on_failure``."""
@@ -182,7 +297,7 @@ class ShardGroup:
             for client in self._clients:
                 await client.send(step)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            self._lose(str(error))
+            self._lose(LOST, str(error))
         return step.step_id
 
     async def close(self) -> None:
@@ -193,7 +308,9 @@ class ShardGroup:
         if self._failed or result.epoch != self.epoch:
             return
         if result.HasField("failure"):
-            self._fail(result.failure.message, "it refused a step")
+            refusal = result.failure
+            failure = GroupFailure(refusal.message, False, result.step_id, refusal.out_of_memory)
+            self._fail(failure, "it refused a step")
             return
         step_id = result.step_id
         count = self._acknowledged.get(step_id, 0) + 1
@@ -210,17 +327,34 @@ class ShardGroup:
         self._sent.pop(step_id, None)
         self.on_result(converted)
 
-    def _lose(self, details: str) -> None:
-        self._fail(LOST, details)
+    def _lose(self, message: str, details: str) -> None:
+        if not self._failed:
+            self._is_lost = True
+            self._fail(GroupFailure(message, True), details)
+            self._tell_launcher(f"{message}: {details}", self.incarnation)
 
-    def _fail(self, message: str, details: str) -> None:
+    def _fail(self, failure: GroupFailure, details: str) -> None:
         if not self._failed:
             self._failed = True
-            logger.error("A shard failed: %s (%s)", message, details)
-            self.on_failure(message)
+            logger.error("A shard failed: %s (%s)", failure.message, details)
+            self.on_failure(failure)
+
+    def _tell_launcher(self, reason: str, incarnation: int) -> None:
+        """It knows of shards that have ended, but not of those that hang."""
+        send_event("shards_lost", f"shards are lost: {reason}", incarnation=incarnation)
+
+    def _limit_s(self, num_tokens: int) -> float:
+        return self._stall_timeout_s + STALL_LIMIT_PER_TOKEN_S * num_tokens
 
 
-async def connect(master_uds_path: str, launcher_nonce: str, timeout_s: float) -> ShardGroup:
+async def connect(
+    master_uds_path: str,
+    launcher_nonce: str,
+    timeout_s: float,
+    *,
+    stall_timeout_s: float = DEFAULT_STALL_TIMEOUT_S,
+    restarts: bool = False,
+) -> ShardGroup:
     """Connect to rank 0, learn of the other ranks from it, and check that all belong to this launch.
 
     Raises: ConfigError when a shard does not answer in ``timeout_s`` or belongs to another launcher.
@@ -245,7 +379,13 @@ async def connect(master_uds_path: str, launcher_nonce: str, timeout_s: float) -
     except BaseException:
         await asyncio.gather(*(client.close() for client in clients))
         raise
-    return ShardGroup(clients, shard_info(message))
+    return ShardGroup(
+        clients, shard_info(message), _identity(message), stall_timeout_s=stall_timeout_s, restarts=restarts
+    )
+
+
+def _identity(message: pb.InfoResponse) -> Identity:
+    return Identity(message.incarnation, message.launcher_nonce)
 
 
 async def _info(client: ShardClient, timeout_s: float) -> pb.InfoResponse:

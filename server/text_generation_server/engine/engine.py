@@ -25,6 +25,7 @@ from text_generation_server.engine.memory import KVPlan, WarmupLimits
 from text_generation_server.engine.steps import Step, StepFailure, StepResult
 from text_generation_server.errors import InvalidStep, NotEnoughMemory, ShardError, StaleEpoch, is_out_of_memory
 from text_generation_server.generation.guidance import Guidance
+from text_generation_server.generation.watermark import DEFAULT_WATERMARK, Watermark
 from text_generation_server.model.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class Engine:
         verify_plan: bool | None = None,
         compute: Executor | None = None,
         guidance: Guidance | None = None,
+        watermark: Watermark = DEFAULT_WATERMARK,
     ) -> None:
         """``run_ahead``: launch a queued step before the results of the one before it are read; None: on CUDA.
 
@@ -111,6 +113,7 @@ class Engine:
         self._prefill_logprobs = prefill_logprobs
         self._is_leader = is_leader
         self._guidance = guidance
+        self._watermark = watermark
         self._broadcast = broadcast
         self._run_ahead = runner.info.device.type == "cuda" if run_ahead is None else run_ahead
         # Ranks may plan different numbers of blocks, and in steps of different shapes they would wait for each other.
@@ -353,6 +356,7 @@ class Engine:
             broadcast=self._broadcast,
             on_progress=self.note_progress,
             guidance=self._guidance,
+            watermark=self._watermark,
         )
         if self._verify_plan:
             self._verify(self._executor, limits, sequence_limits)

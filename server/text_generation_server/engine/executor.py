@@ -30,6 +30,7 @@ from text_generation_server.generation.sampler import (
     read_top_tokens,
     sample,
 )
+from text_generation_server.generation.watermark import DEFAULT_WATERMARK, Watermark
 from text_generation_server.model.runner import ModelRunner
 from text_generation_server.transfer import to_device
 
@@ -81,6 +82,7 @@ class StepExecutor:
         broadcast: Broadcast | None = None,
         on_progress: Callable[[], None] = lambda: None,
         guidance: Guidance | None = None,
+        watermark: Watermark = DEFAULT_WATERMARK,
     ) -> None:
         self.batch = Batch()
         self._runner = runner
@@ -90,6 +92,7 @@ class StepExecutor:
         self._broadcast = broadcast
         self._on_progress = on_progress
         self._guidance = guidance
+        self._watermark = watermark
         self._suspect_blocks: list[int] = []
         """Blocks that sequences have left behind with what may be not-a-number; the next launch clears them."""
         self._kernels = runner.info.has_cpu_kernels
@@ -242,7 +245,7 @@ class StepExecutor:
         launched.sampling.start()
         sampled: Sampled | None = None
         if self._is_leader:
-            sampled = sample(logits_SV, rows, input_ids_T, kernels=self._kernels)
+            sampled = sample(logits_SV, rows, input_ids_T, kernels=self._kernels, watermark=self._watermark)
             ids_S = sampled.ids_S
         else:
             ids_S = torch.empty(len(rows), dtype=torch.int64, device=self._device)
@@ -378,14 +381,14 @@ def _fill_in_pending(input_ids_T: Tensor, rows: list[Row], previous: Launched | 
 
 def _sampling_row(row: Row, token_index: int) -> SamplingRow:
     sequence = row.sequence
-    penalised = sequence.sampling.has_penalty
+    reads_history = sequence.sampling.reads_history
     return SamplingRow(
         sequence.sampling,
         output_index=row.end - sequence.num_prompt_tokens,
         top_n_tokens=sequence.top_n_tokens,
-        known_ids=sequence.token_ids if penalised else None,
+        known_ids=sequence.token_ids if reads_history else None,
         num_prompt_tokens=sequence.num_prompt_tokens,
-        pending_index=token_index if penalised and sequence.num_pending else None,
+        pending_index=token_index if reads_history and sequence.num_pending else None,
     )
 
 

@@ -1,5 +1,5 @@
-"""Logits -> logits, in TGI's order: repetition penalty, frequency penalty, OpenAI's penalties and biases, temperature,
-top-k, top-p, typical-p.
+"""Logits -> logits, in TGI's order: watermark, repetition penalty, frequency penalty, OpenAI's penalties and biases,
+temperature, top-k, top-p, typical-p.
 
 Every function takes the rows that want it, several at once, and works in float32; sums of probabilities are float64,
 so that a row's result does not depend on the rows beside it. A row keeps at least one token, and ties are broken

@@ -35,6 +35,7 @@ class SamplingParameters:
     """Distinct token ids."""
     biases: tuple[float, ...] = ()
     """Added to the logit of each of them."""
+    watermark: bool = False
 
     def __post_init__(self) -> None:
         for name in ("temperature", "repetition_penalty"):
@@ -71,4 +72,10 @@ class SamplingParameters:
     @property
     def is_neutral(self) -> bool:
         """Whether the logits reach the choice as the model gave them."""
-        return self.temperature == 1.0 and not (self.has_penalty or self.bias_ids or self.has_filter)
+        processed = self.has_penalty or self.bias_ids or self.has_filter or self.watermark
+        return self.temperature == 1.0 and not processed
+
+    @property
+    def reads_history(self) -> bool:
+        """Whether the tokens so far have a say."""
+        return self.has_penalty or self.watermark

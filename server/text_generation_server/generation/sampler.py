@@ -1,8 +1,8 @@
 """Logits -> token ids and logprobs, for the rows of a step that produce a token.
 
 A batch pays only for what its rows ask: all-greedy rows without penalties cost one maximum and one sum of exponentials,
-taken from the logits as the model computed them. Nothing here waits for a GPU: how many operations there are, and their
-sizes, follow from what rows ask alone.
+taken from the logits as the model computed them. Nothing here waits for a GPU, but a watermark: how many operations
+there are, and their sizes, follow from what rows ask alone.
 
 Shape legend: S sampled rows, V vocabulary, N largest number of top tokens asked for, T tokens of the step.
 """
@@ -30,6 +30,7 @@ from text_generation_server.generation.logits_processors import (
 )
 from text_generation_server.generation.parameters import SamplingParameters
 from text_generation_server.generation.uniform import uniform
+from text_generation_server.generation.watermark import DEFAULT_WATERMARK, Watermark, green_ids
 from text_generation_server.transfer import to_device
 
 _BLOCK = 256
@@ -49,7 +50,7 @@ class SamplingRow:
     """Index of the token among the generated ones, from 0."""
     top_n_tokens: int = 0
     known_ids: array[int] | None = None
-    """Prompt and output for the penalties; None without any. Without its last id when that is only on the device."""
+    """Prompt and output where they have a say, else None. Without its last id when that is only on the device."""
     num_prompt_tokens: int = 0
     """Leading ``known_ids`` that were not generated."""
     allowed: Allowed | None = None
@@ -92,7 +93,12 @@ class Sampled:
 
 
 def sample(
-    logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor | None = None, *, kernels: bool = True
+    logits_SV: Tensor,
+    rows: list[SamplingRow],
+    input_ids_T: Tensor | None = None,
+    *,
+    kernels: bool = True,
+    watermark: Watermark = DEFAULT_WATERMARK,
 ) -> Sampled:
     """Choose a token for each row. ``logits_SV``: of any floating dtype; float32 ones are overwritten.
 
@@ -102,7 +108,7 @@ def sample(
     kernels = kernels and _has_kernel(logits_SV)
     if any(row.is_processed for row in rows) or not kernels:
         logits_SV = logits_SV.float()
-    finite_S = _process(logits_SV, rows, input_ids_T)
+    finite_S = _process(logits_SV, rows, input_ids_T, watermark)
     weights_SV: Tensor | None = None
     if kernels:
         best_S, ids_S, totals_S = row_peaks(logits_SV)
@@ -179,7 +185,7 @@ def _first_above(ends_SX: Tensor, targets_S1: Tensor) -> Tensor:
     return torch.minimum(not_above, below_total)
 
 
-def _process(logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor | None) -> Tensor:
+def _process(logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor | None, watermark: Watermark) -> Tensor:
     """Run the logits processors on the rows that want them, in place; returns which rows were finite, bool [S]."""
     device = logits_SV.device
     if all(row.is_neutral for row in rows):
@@ -188,6 +194,7 @@ def _process(logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor | N
     finite_S = torch.isfinite(logits_SV.amax(-1))
     if device.type != "cpu" or not bool(finite_S.all()):  # a look is free on a CPU and a stall elsewhere
         logits_SV.masked_fill_(~finite_S.unsqueeze(-1), 0.0)
+    _mark(logits_SV, rows, input_ids_T, watermark)
     _penalise(logits_SV, rows, input_ids_T)
     _add_biases(logits_SV, rows)
     _rule_out(logits_SV, rows)
@@ -209,6 +216,21 @@ def _process(logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor | N
             logits_SV[some_F], top_k_F, top_p_F, typical_p_F if has_typical_p else None
         )
     return finite_S
+
+
+def _mark(logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor | None, watermark: Watermark) -> None:
+    """Prefer the green tokens of the rows that want a watermark."""
+    for index, row in enumerate(rows):
+        if not row.parameters.watermark:
+            continue
+        assert row.known_ids is not None, "the token before decides"
+        if row.pending_index is None:
+            previous_id = row.known_ids[-1]
+        else:  # the host waits for it
+            assert input_ids_T is not None
+            previous_id = int(input_ids_T[row.pending_index])
+        green_G = green_ids(previous_id, logits_SV.shape[-1], watermark.gamma).to(logits_SV.device)
+        logits_SV[index, green_G] += watermark.delta
 
 
 def _penalise(logits_SV: Tensor, rows: list[SamplingRow], input_ids_T: Tensor | None) -> None:

@@ -122,6 +122,7 @@ def _sampling(message: pb.SamplingParameters) -> SamplingParameters:
         count_penalty=message.count_penalty,
         bias_ids=tuple(message.bias_ids),
         biases=tuple(message.biases),
+        watermark=message.watermark,
     )
 
 

@@ -63,7 +63,6 @@ def test_what_reshapes_the_distribution_samples(sampling: dict[str, Any]) -> Non
         pytest.param({"typical_p": 0.0}, "`--typical-p` must be above 0 and below 1", id="typical-p"),
         pytest.param({"top_k": 0}, "`--top-k` must be at least 1", id="top-k"),
         pytest.param({"top_n_tokens": -1}, "`--top-n-tokens` must not be negative", id="top-n"),
-        pytest.param({"watermark": True}, "`--watermark` is not supported by shards yet", id="watermark of a shard"),
         pytest.param({"api": ApiName.CHAT}, "`--api` is about the server of `--url`", id="api without url"),
         pytest.param({"model": "m"}, "`--model` is about the server of `--url`", id="model without url"),
         pytest.param({"url": "127.0.0.1:3000"}, "is no address of a server, such as http://", id="url without scheme"),
@@ -90,10 +89,6 @@ def test_without_matplotlib_a_plot_is_refused_before_anything_is_measured(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BenchmarkError, match=r'pip install "text-generation-inference\[benchmark\]"'):
         resolve(Flags(plot=str(tmp_path / "x.png")))
-
-
-def test_watermark_is_for_servers_that_can() -> None:
-    assert resolve(Flags(url=URL, watermark=True)).sampling.watermark
 
 
 def test_every_sampling_flag_has_its_place() -> None:

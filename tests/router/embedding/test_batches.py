@@ -69,6 +69,8 @@ class Shards:
         self.gate = asyncio.Event()
         self.gate.set()
         self.is_alive = True
+        self.restarts = False
+        self.incarnation = 1
 
     async def makes_progress(self) -> bool:
         return self.is_alive

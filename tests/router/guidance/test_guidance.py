@@ -109,6 +109,7 @@ async def test_a_hostile_grammar_ends_in_time_and_others_are_admitted_after_it(
     await guidance.admit(NUMBER)
 
 
+@pytest.mark.fault("F24", "a grammar worker that loops", "422 for its request, another takes its place")
 async def test_a_worker_that_is_stuck_is_replaced(guidance: Guidance, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "COMPILE_S", 0.5)
     await guidance.admit(NUMBER)
@@ -137,6 +138,7 @@ async def test_a_grammar_that_takes_too_much_of_a_processor_is_refused_for_good(
     assert shard.compiled == [NUMBER]
 
 
+@pytest.mark.fault("F24", "SIGKILL of the grammar worker", "another takes its place")
 async def test_a_worker_that_died_is_replaced(guidance: Guidance) -> None:
     await guidance.admit(NUMBER)
     os.kill(workers(guidance)[0], signal.SIGKILL)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from builders import byte_tokenizer
 from fake_shard import FakeShard, serve_fake_shards
+from text_generation_router.config import WarmupLimits
 from text_generation_router.detokenizer import Detokenizer
-from text_generation_router.errors import GenerationFailed, ShuttingDown
+from text_generation_router.errors import DeadlineExceeded, GenerationFailed, ShuttingDown
 from text_generation_router.metrics import Metrics
 from text_generation_router.scheduling import door
 from text_generation_router.scheduling.batcher import Batcher
@@ -31,6 +32,13 @@ from text_generation_router.scheduling.steps import StepScheduler
 from text_generation_router.shards.group import connect
 
 TOKENIZER = byte_tokenizer()
+LIMITS = WarmupLimits(
+    max_batch_prefill_tokens=64,
+    max_batch_total_tokens=0,
+    max_batch_size=0,
+    max_total_tokens=200,
+    max_concurrent_requests=128,
+)
 EOS = 256
 
 
@@ -54,11 +62,12 @@ class Router:
 
 
 @contextlib.asynccontextmanager
-async def running(folder: Path, *shards: FakeShard, prefill: int = 64) -> AsyncIterator[Router]:
+async def running(folder: Path, *shards: FakeShard, prefill: int = 64, restarts: bool = False) -> AsyncIterator[Router]:
     for shard in shards:
         shard.eos_token_ids = (EOS,)
     async with serve_fake_shards(folder, *shards) as path:
-        group = await connect(path, "nonce", timeout_s=5)
+        group = await connect(path, "nonce", timeout_s=5, restarts=restarts)
+        await group.warmup(LIMITS)
         metrics = Metrics(max_input_tokens=100, max_total_tokens=200)
         scheduler = StepScheduler(
             BatchLimits(max_batch_prefill_tokens=prefill),
@@ -203,17 +212,54 @@ async def test_a_client_that_leaves_frees_everything(tmp_path: Path) -> None:
         assert router.batcher.num_requests == 0
 
 
-async def test_a_failed_step_fails_what_ran_and_spares_what_waits(tmp_path: Path) -> None:
+async def test_what_ran_in_a_failed_step_goes_on_from_where_it_was(tmp_path: Path) -> None:
     shard = FakeShard(step_s=0.02, num_blocks=8)
     async with running(tmp_path, shard) as router:
         ran = router.ask("abcd", max_new_tokens=20)
-        await ran.stream.get_all()
+        (first, *more) = await ran.stream.get_all()
         waits = router.ask("x" * 24, max_new_tokens=4)
         shard.fail_steps = 1
-        with pytest.raises(GenerationFailed, match="Request failed during generation: Server error: made to fail"):
-            await tokens(ran)
+        events = [first, *more, *await tokens(ran)]
+        assert "".join(event.token.text for event in events if isinstance(event, TokenEvent)) == "abcd" * 5
         assert await text(waits) == "xxxx"
         assert router.batcher.ready()
+        assert router.metrics.request_replay_count.value() == 1
+        await settled(router, shard)
+
+
+async def test_who_makes_the_shards_fail_fails_alone(tmp_path: Path) -> None:
+    shard = FakeShard(crash_token=TOKENIZER.encode("!").ids[0], step_s=0.005)
+    async with running(tmp_path, shard) as router:
+        running_before = [router.ask(letter * 3, max_new_tokens=40) for letter in "abcdefgh"]
+        for queued in running_before:
+            await queued.stream.get_all()
+        bad = router.ask("bad!", max_new_tokens=8)
+        coming_after = [router.ask(letter * 3, max_new_tokens=4) for letter in "ijklm"]
+        with pytest.raises(GenerationFailed, match="Request failed during generation: Server error: made to fail"):
+            await tokens(bad)
+        assert [queued.output_ids for queued in running_before if await tokens(queued)] == [
+            TOKENIZER.encode(letter * 40).ids for letter in "abcdefgh"
+        ]
+        assert [await text(queued) for queued in coming_after] == [letter * 4 for letter in "ijklm"]
+        assert all(queued.num_crashes == 0 for queued in running_before)
+        await settled(router, shard)
+
+
+async def test_a_step_without_memory_costs_its_prompts_alone(tmp_path: Path) -> None:
+    shard = FakeShard(step_s=0.01, out_of_memory=True)
+    async with running(tmp_path, shard, prefill=64) as router:
+        ran = router.ask("abcd", max_new_tokens=60)
+        await ran.stream.get_all()
+        for budget in (64, 64, 32):
+            assert router.scheduler.limits.max_batch_prefill_tokens == budget
+            shard.crash_token = TOKENIZER.encode("!").ids[0]
+            with pytest.raises(GenerationFailed, match="Server error: made to fail"):
+                await tokens(router.ask("bad!", max_new_tokens=4))
+        await tokens(ran)
+        assert ran.output_ids == TOKENIZER.encode("abcd" * 15).ids
+        assert router.metrics.out_of_memory_count.value() == 3
+        assert router.metrics.batch_max_prefill_tokens.value() == router.scheduler.limits.max_batch_prefill_tokens == 16
+        assert router.metrics.request_replay_count.value() == 3
         await settled(router, shard)
 
 
@@ -302,3 +348,107 @@ async def test_when_the_loop_ends_nobody_is_left_waiting(tmp_path: Path) -> None
         await queued.stream.get_all()
     with pytest.raises(ShuttingDown):
         await tokens(queued)
+
+
+@contextlib.asynccontextmanager
+async def shards_that_come_back(folder: Path, *shards: FakeShard) -> AsyncIterator[tuple[Router, Restart]]:
+    """A router of shards that somebody restarts."""
+    async with contextlib.AsyncExitStack() as serving:
+        path = await serving.enter_async_context(serve_fake_shards(folder, *shards))
+        group = await connect(path, "nonce", timeout_s=5, restarts=True)
+        await group.warmup(LIMITS)
+        metrics = Metrics(max_input_tokens=100, max_total_tokens=200)
+        scheduler = StepScheduler(
+            BatchLimits(max_batch_prefill_tokens=64),
+            Leases(BlockAllocator(shards[0].num_blocks, shards[0].block_size), prefix_caching=True),
+        )
+        batcher = Batcher(group, scheduler, Detokenizer(TOKENIZER, frozenset({EOS})), metrics)
+        task = asyncio.create_task(batcher.run())
+
+        async def down() -> None:
+            await serving.aclose()
+
+        async def up() -> None:
+            for shard in shards:
+                shard.incarnation += 1
+                shard.epoch = 0
+                shard.sequences.clear()
+                shard.kv.clear()
+            await serving.enter_async_context(serve_fake_shards(folder, *shards))
+
+        try:
+            yield Router(batcher, scheduler, metrics), Restart(down, up)
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await group.close()
+
+
+@dataclass
+class Restart:
+    down: Callable[[], Awaitable[None]]
+    up: Callable[[], Awaitable[None]]
+
+
+async def test_requests_wait_for_shards_that_come_back_and_go_on(tmp_path: Path) -> None:
+    shards = [FakeShard(step_s=0.01, num_blocks=32), FakeShard(num_blocks=32)]
+    async with shards_that_come_back(tmp_path, *shards) as (router, restart):
+        ran = [router.ask(letter * 4, max_new_tokens=20) for letter in "abc"]
+        for queued in ran:
+            await queued.stream.get_all()
+        await restart.down()
+        async with asyncio.timeout(10):
+            while router.batcher.ready():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        came_meanwhile = router.ask("zz", max_new_tokens=3)
+        left_meanwhile = router.ask("yy", max_new_tokens=3)
+        router.batcher.cancel(left_meanwhile)
+        await asyncio.sleep(0.3)
+        await restart.up()
+        for queued, letter in zip(ran, "abc", strict=True):
+            await tokens(queued)
+            assert queued.output_ids == TOKENIZER.encode(letter * 20).ids
+        assert await text(came_meanwhile) == "zzz"
+        assert router.batcher.ready()
+        # What requests were admitted by is still there: as many blocks as before, and not one more.
+        assert [request.max_batch_total_tokens for request in shards[0].warmups] == [0, 32 * shards[0].block_size]
+        await settled(router, shards[0])
+
+
+async def test_a_drain_does_not_wait_for_shards_that_are_lost(tmp_path: Path) -> None:
+    shard = FakeShard(step_s=0.01)
+    async with shards_that_come_back(tmp_path, shard) as (router, restart):
+        ran = router.ask("abc", max_new_tokens=400)
+        await ran.stream.get_all()
+        await restart.down()
+        async with asyncio.timeout(10):
+            while router.batcher.ready():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        router.batcher.drain()
+        with pytest.raises(GenerationFailed, match="Could not connect to Text Generation server"):
+            await tokens(ran)
+        with pytest.raises(GenerationFailed):
+            router.ask("too late")
+
+
+async def test_a_shard_that_is_lost_in_a_drain_fails_what_runs(tmp_path: Path) -> None:
+    shard = FakeShard(step_s=0.01)
+    async with shards_that_come_back(tmp_path, shard) as (router, restart):
+        ran = router.ask("abc", max_new_tokens=400)
+        await ran.stream.get_all()
+        router.batcher.drain()
+        await restart.down()
+        with pytest.raises(GenerationFailed, match="a shard was lost"):
+            await tokens(ran)
+
+
+async def test_a_request_whose_time_is_over(tmp_path: Path) -> None:
+    shard = FakeShard(step_s=0.01)
+    async with running(tmp_path, shard) as router:
+        queued = router.ask("abc", max_new_tokens=10_000)
+        await queued.stream.get_all()
+        router.batcher.expire(queued, DeadlineExceeded(1.5))
+        with pytest.raises(DeadlineExceeded, match=r"not answered in the 1\.5 s"):
+            await tokens(queued)
+        router.batcher.expire(queued, DeadlineExceeded(1.5))
+        await settled(router, shard)

@@ -384,3 +384,100 @@ def test_a_prompt_that_goes_on_from_what_another_computed_is_a_new_one_to_the_sh
     assert two.lease.table[:6] == one.lease.table[:6]
     assert [size for sequence, size in step.chunks if sequence is two] == [15]  # up to 39: the first has a row
     assert second.num_cached_tokens == 24
+
+
+def admit_all(steps: StepScheduler, *requests: QueuedRequest) -> StepPlan:
+    for request in requests:
+        steps.waiting.append(request)
+    return plan(steps)
+
+
+def bring_tokens(steps: StepScheduler) -> None:
+    """Every running sequence gets the token of its last step."""
+    for sequence in list(steps.running.values()):
+        sequence.queued.output_ids.append(1)
+        steps.took_token(sequence)
+
+
+def test_suspects_are_computed_one_by_one_until_each_has_shown_that_it_is_none() -> None:
+    steps = scheduler(prefill=64)
+    suspects = [queued(4, max_new_tokens=9) for _ in range(2)]
+    admit_all(steps, *suspects)
+    assert steps.abandon_epoch() == suspects
+    for suspect in suspects:
+        suspect.num_crashes = 2
+    steps.put_back(suspects)
+    steps.waiting.append(innocent := queued(4, max_new_tokens=9))
+    for suspect in suspects:
+        step = steps.plan(num_in_flight=1)
+        assert step is None or not list(step.sequences()), "something of another request may still be computed"
+        first = plan(steps)
+        assert [sequence.queued for sequence in first.new_sequences] == [suspect]
+        bring_tokens(steps)
+        second = plan(steps)
+        assert [sequence.queued for sequence in second.sequences()] == [suspect]
+        bring_tokens(steps)
+    last = plan(steps)
+    # The last one goes on where it is, the others join it.
+    assert [sequence.queued for sequence in last.sequences()] == [suspects[1], suspects[0], innocent]
+    assert [suspect.num_crashes for suspect in suspects] == [0, 0]
+
+
+def test_a_suspect_that_ends_makes_room_for_the_next() -> None:
+    steps = scheduler(prefill=64)
+    suspects = [queued(4) for _ in range(2)]
+    admit_all(steps, *suspects)
+    for suspect in steps.abandon_epoch():
+        suspect.num_crashes = 2
+        steps.put_back([suspect])
+    (sequence,) = plan(steps).new_sequences
+    steps.finish(sequence)
+    assert [each.queued for each in plan(steps).new_sequences] == [suspects[1]]
+
+
+def test_who_holds_more_than_its_share_makes_room_for_who_holds_less() -> None:
+    steps = scheduler(num_blocks=16, block_size=4, prefill=64)
+    flood = [queued(12, max_new_tokens=20, tenant=b"a") for _ in range(4)]
+    admit_all(steps, *flood)
+    assert len(steps.running) == 4 or steps.waiting.first() is not None
+    bring_tokens(steps)
+    steps.waiting.append(rare := queued(12, max_new_tokens=4, tenant=b"b"))
+    plan(steps)  # finds that there is no room
+    assert steps.plan(num_in_flight=1) is None, "a victim is chosen when nothing is under way"
+    step = plan(steps)
+    assert rare in [sequence.queued for sequence in step.new_sequences]
+    assert step.num_preempted >= 1
+    # The oldest goes on.
+    assert next(iter(steps.running.values())).queued is flood[0]
+
+
+def test_within_ones_share_one_waits() -> None:
+    steps = scheduler(num_blocks=16, block_size=4, prefill=64, batch_size=2)
+    one, other = queued(4, max_new_tokens=20, tenant=b"a"), queued(4, max_new_tokens=20, tenant=b"b")
+    admit_all(steps, one, other)
+    bring_tokens(steps)
+    steps.waiting.append(queued(4, tenant=b"b"))
+    for _ in range(3):
+        assert not plan(steps).num_preempted
+        bring_tokens(steps)
+
+
+def test_the_victim_has_the_lowest_priority_and_is_not_the_oldest() -> None:
+    steps = scheduler(num_blocks=9, block_size=4, prefill=64)
+    oldest = queued(7, max_new_tokens=9, priority=-10)
+    low, normal = queued(7, max_new_tokens=9, priority=-1), queued(7, max_new_tokens=9)
+    for request in (oldest, low, normal):
+        admit_all(steps, request)
+    victims = []
+    for _ in range(4):
+        bring_tokens(steps)
+        before = {sequence.queued for sequence in steps.running.values()}
+        if plan(steps).num_preempted:
+            victims += list(before - {sequence.queued for sequence in steps.running.values()})
+    assert victims == [low]
+
+
+def test_steps_that_are_too_large_become_smaller() -> None:
+    steps = scheduler(prefill=16)
+    assert [steps.halve_prefill_budget() for _ in range(6)] == [8, 4, 2, 1, 1, 1]
+    assert [size for _, size in admit_all(steps, queued(3)).chunks] == [1]

@@ -8,7 +8,7 @@ from fake_shard import FakeShard, serve_fake_shards
 from text_generation_proto.v1 import generate_pb2 as pb
 from text_generation_router.config import ConfigError
 from text_generation_router.shards.convert import StepResult
-from text_generation_router.shards.group import ShardUnreachable, connect
+from text_generation_router.shards.group import GroupFailure, ShardUnreachable, connect
 
 
 async def test_connect_learns_of_all_ranks(tmp_path: Path) -> None:
@@ -60,11 +60,11 @@ async def test_a_refused_step_is_reported_once_and_reset_helps(tmp_path: Path) -
     shard = FakeShard(fail_steps=1)
     async with serve_fake_shards(tmp_path, shard) as path:
         group = await connect(path, "nonce", timeout_s=5)
-        failures: asyncio.Queue[str] = asyncio.Queue()
+        failures: asyncio.Queue[GroupFailure] = asyncio.Queue()
         group.on_failure = failures.put_nowait
         await group.reset()
         await group.send(pb.StepRequest())
-        assert await failures.get() == "made to fail"
+        assert await failures.get() == GroupFailure("made to fail", is_lost=False, step_id=1)
         assert not group.ready()
         await group.reset()
         assert group.ready()
@@ -82,7 +82,7 @@ async def test_a_reset_goes_on_behind_the_epochs_of_others(tmp_path: Path) -> No
 
 
 async def test_a_shard_that_goes_away_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failures: asyncio.Queue[str] = asyncio.Queue()
+    failures: asyncio.Queue[GroupFailure] = asyncio.Queue()
     async with serve_fake_shards(tmp_path, FakeShard()) as path:
         group = await connect(path, "nonce", timeout_s=5)
         group.on_failure = failures.put_nowait
@@ -107,13 +107,12 @@ async def test_a_shard_that_goes_away_is_a_failure(tmp_path: Path, monkeypatch: 
 async def test_shards_that_hang_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ages_s: tuple[float, float], hangs: bool
 ) -> None:
-    monkeypatch.setattr("text_generation_router.shards.group.STALL_LIMIT_S", 0.5)
-    monkeypatch.setattr("text_generation_router.shards.group._WATCH_EVERY_S", 0.02)
+    monkeypatch.setattr("text_generation_router.shards.group._WATCH_EVERY_S", 0.1)
     gate = asyncio.Event()
     shards = [FakeShard(progress_age_s=age, gate=gate) for age in ages_s]
     async with serve_fake_shards(tmp_path, *shards) as path:
-        group = await connect(path, "nonce", timeout_s=5)
-        outcomes: asyncio.Queue[StepResult | str] = asyncio.Queue()
+        group = await connect(path, "nonce", timeout_s=5, stall_timeout_s=0.5)
+        outcomes: asyncio.Queue[StepResult | GroupFailure] = asyncio.Queue()
         group.on_failure = outcomes.put_nowait
         group.on_result = outcomes.put_nowait
         await group.reset()
@@ -124,7 +123,7 @@ async def test_shards_that_hang_are_found(
             assert outcomes.empty()
             gate.set()
         outcome = await asyncio.wait_for(outcomes.get(), 10)
-        assert (outcome == "a shard hangs") is hangs
+        assert (outcome == GroupFailure("a shard hangs", is_lost=True)) is hangs
         assert group.ready() is not hangs
         gate.set()
         watching.cancel()
@@ -139,10 +138,10 @@ async def test_a_result_that_cannot_be_read_is_a_failure(tmp_path: Path, monkeyp
     monkeypatch.setattr("text_generation_router.shards.group.step_result", unreadable)
     async with serve_fake_shards(tmp_path, FakeShard()) as path:
         group = await connect(path, "nonce", timeout_s=5)
-        failures: asyncio.Queue[str] = asyncio.Queue()
+        failures: asyncio.Queue[GroupFailure] = asyncio.Queue()
         group.on_failure = failures.put_nowait
         await group.reset()
         await group.send(pb.StepRequest())
-        assert await asyncio.wait_for(failures.get(), 10) == "a shard was lost"
+        assert await asyncio.wait_for(failures.get(), 10) == GroupFailure("a shard was lost", is_lost=True)
         assert not group.ready()
         await group.close()

@@ -79,7 +79,7 @@ def test_kernels_and_torch_take_turns_on_the_same_threads(num_threads: int) -> N
 # -- sequences -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 7, 64])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 7, pytest.param(64, marks=pytest.mark.slow)])
 def test_a_kernel_of_a_sequence_reads_what_the_one_before_it_wrote(size: int, num_threads: int) -> None:
     """Thousands of kernels: one thread that goes ahead too early would seldom be seen."""
     length = 40

@@ -39,6 +39,7 @@ def compiled(tmp_path: Path, capability: int, *arguments: str) -> set[str]:
 ALL = {"_parts", "_merge", "_prefill", "_write", "_rotate", "_norm", "_silu_mul"}
 
 
+@pytest.mark.slow
 def test_kernels_of_a_llama_compile_for_a_hopper_gpu(tmp_path: Path) -> None:
     assert compiled(tmp_path, 90) == ALL
 

@@ -159,9 +159,9 @@ def test_attention_of_torch_leaves_all_kernels_out(dtype: Dtype, tiny_model: Mak
     ("model_type", "is_whole"),
     [
         pytest.param("llama", True, id="plain"),
-        pytest.param("qwen3", True, id="norms of heads"),
-        pytest.param("gemma2", False, id="more norms, soft caps, windows"),
-        pytest.param("gpt_oss", False, id="sinks, experts"),
+        pytest.param("qwen3", True, id="norms of heads", marks=pytest.mark.slow),
+        pytest.param("gemma2", False, id="more norms, soft caps, windows", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", False, id="sinks, experts", marks=pytest.mark.slow),
     ],
 )
 def test_tokens_by_triton_kernels_equal_generate(model_type: str, is_whole: bool, tiny_model: MakeModel) -> None:
@@ -181,6 +181,7 @@ def test_tokens_by_triton_kernels_equal_generate(model_type: str, is_whole: bool
     assert tokens == expected
 
 
+@pytest.mark.slow
 @needs_interpreter
 def test_logits_by_triton_kernels_in_float16(tiny_model: MakeModel) -> None:
     """In float16 layers on a CPU are not packed, so that all of what a GPU computes is there."""

@@ -49,6 +49,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(error: Exception, cause: Excep
         raise error from cause
 
 
+@pytest.mark.fault("F16", "a full disk while downloading", "one line that says so")
 def test_a_full_disk_is_one_line() -> None:
     message = r"`org/model` could not be downloaded: OSError: \[Errno 28\] No space left on device"
     with pytest.raises(ConfigError, match=message), explained("org/model", None, has_token=False):

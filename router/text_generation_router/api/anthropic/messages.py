@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from text_generation_router.api.accounting import counted, record_success
 from text_generation_router.api.anthropic.schemas import (
     BlockOut,
     EndEvent,
@@ -27,14 +25,12 @@ from text_generation_router.api.anthropic.schemas import (
 )
 from text_generation_router.api.anthropic.translate import chat_of
 from text_generation_router.api.body import read_json
-from text_generation_router.api.caller import caller_of
 from text_generation_router.api.disconnect import until_disconnect
+from text_generation_router.api.openai.answering import Answering, Batch, Stream
 from text_generation_router.api.openai.answers import Answers, Totals
 from text_generation_router.api.openai.chat import Chat, ChatRoutes
 from text_generation_router.api.openai.chat_text import ChatText
-from text_generation_router.api.openai.choices import Choices
 from text_generation_router.api.reply import JSON, send_body
-from text_generation_router.api.sse import EventStreamResponse, relay
 from text_generation_router.chat.output import CallArguments, CallBegins, Content, Delta, Reasoning
 from text_generation_router.errors import RouterError, ValidationError, anthropic_error_body
 from text_generation_router.scheduling.requests import Event, PrefillEvent
@@ -61,6 +57,8 @@ class MessageRoutes:
 
         async def count() -> int:
             chat = await self._chat.ask(chat_of(body))
+            if chat.request.input_ids is not None:
+                return len(chat.request.input_ids)
             return len((await self._answers.tokenizer.encode(chat.request.inputs, add_special_tokens=False)).ids)
 
         await send_body(send, _encode(TokenCount(await until_disconnect(receive, count()))), JSON)
@@ -71,47 +69,36 @@ class MessageRoutes:
         return await self._chat.ask(chat_of(body))
 
     async def _whole(self, scope: Scope, send: Send, body: MessagesBody) -> None:
-        started_at = time.perf_counter()
-        answers, totals = self._answers, Totals()
-        with counted(answers.served.metrics, ROUTE):
+        answering = Answering(self._answers, ROUTE, scope, send)
+        with answering.counted():
             chat = await self._ask(body)
             text, blocks = chat.new_text(), _Blocks()
-            async with Choices(answers.inference, caller_of(scope)) as choices:
-                await choices.start([chat.request], 1)
-                while (batch := await choices.next()) is not None:
-                    totals.take(*batch)
-                    for event in batch[1]:
-                        if not isinstance(event, PrefillEvent):
-                            for part in text.add(event)[0]:
-                                blocks.add(part)
-        total_s = time.perf_counter() - started_at
-        record_success(answers.served.metrics, ROUTE, chat.request.parameters, totals.finished(), total_s)
-        message = _message(answers, usage_of(totals))
+
+            def take(_: int, events: list[Event]) -> None:
+                for event in events:
+                    if not isinstance(event, PrefillEvent):
+                        for part in text.add(event)[0]:
+                            blocks.add(part)
+
+            await answering.collect([chat.request], 1, take)
+        message = _message(self._answers, usage_of(answering.totals))
         message.content = blocks.finished()
         message.stop_reason, message.stop_sequence = _stop_of(text)
-        headers = answers.headers(len(chat.request.inputs), totals, total_s)
-        await send_body(send, _encode(message), JSON, headers=headers)
+        await answering.send_whole(_encode(message))
 
     async def _stream(self, scope: Scope, send: Send, body: MessagesBody) -> None:
-        started_at = time.perf_counter()
-        answers, totals = self._answers, Totals()
-        response: EventStreamResponse | None = None
-        try:
-            with counted(answers.served.metrics, ROUTE):
-                chat = await self._ask(body)
-                response = EventStreamResponse(scope, send, answers.stream_headers(len(chat.request.inputs)))
-                frames = _MessageFrames(answers, chat, totals)
-                async with Choices(answers.inference, caller_of(scope)) as choices:
-                    await choices.start([chat.request], 1)
-                    last = await relay(choices.next, frames, response)
-        except RouterError as error:
-            if response is None or not response.started:
-                raise
-            await response.end(_frame("error", anthropic_error_body(error.status, str(error))))
-            return
-        total_s = time.perf_counter() - started_at
-        record_success(answers.served.metrics, ROUTE, chat.request.parameters, totals.finished(), total_s)
-        await response.end(last)
+        answering = Answering(self._answers, ROUTE, scope, send)
+
+        async def ask() -> Stream:
+            chat = await self._ask(body)
+            frames = _MessageFrames(self._answers, chat, answering.totals)
+            return Stream(requests=[chat.request], frames=frames, error_frame=_error_frame)
+
+        await answering.stream(ask)
+
+
+def _error_frame(error: RouterError) -> bytes:
+    return _frame("error", anthropic_error_body(error.status, str(error)))
 
 
 def usage_of(totals: Totals) -> MessageUsage:
@@ -185,9 +172,7 @@ class _MessageFrames:
         self._open: type[object] | None = None
         """The kind of the block that is being written."""
 
-    def __call__(self, batch: tuple[int, list[Event]] | None) -> tuple[bytes, bool]:
-        assert batch is not None, "the last one said so"
-        self._totals.take(*batch)
+    def __call__(self, batch: Batch) -> tuple[bytes, bool]:
         frames: list[bytes] = []
         if not self._begun:
             self._begun = True

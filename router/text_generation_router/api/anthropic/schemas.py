@@ -7,7 +7,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from text_generation_router.generate_request import F32, I32, U32
+from text_generation_router.generate_request import F32, I32, U32, ShortText
 
 
 class TextBlock(msgspec.Struct, frozen=True, tag="text", tag_field="type"):
@@ -70,7 +70,7 @@ class Thinking(msgspec.Struct, frozen=True):
 
 
 class MessagesBody(msgspec.Struct, frozen=True, kw_only=True):
-    model: str
+    model: ShortText
     messages: list[Turn]
     max_tokens: U32 | None = None
     """Required but for counting."""

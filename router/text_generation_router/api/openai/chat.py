@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import msgspec
 from msgspec import UNSET
 from starlette.types import Receive, Scope, Send
 
-from text_generation_router.api.accounting import counted, record_success
 from text_generation_router.api.body import decode, read_json
-from text_generation_router.api.caller import caller_of
 from text_generation_router.api.disconnect import until_disconnect
+from text_generation_router.api.openai.answering import Answering, Batch, Stream
 from text_generation_router.api.openai.answers import DONE, Answers, Totals, logprob_bodies
 from text_generation_router.api.openai.chat_text import ChatText, WholeMessage, delta_of
 from text_generation_router.api.openai.choice_text import ChoiceText
-from text_generation_router.api.openai.choices import Choices
 from text_generation_router.api.openai.parameters import chat_parameters
 from text_generation_router.api.openai.schemas import (
     CalledFunction,
@@ -34,7 +32,7 @@ from text_generation_router.api.openai.schemas import (
 )
 from text_generation_router.api.reply import JSON, send_body
 from text_generation_router.api.service import simple_tokens
-from text_generation_router.api.sse import EventStreamResponse, frame, relay
+from text_generation_router.api.sse import frame
 from text_generation_router.chat.messages import template_messages
 from text_generation_router.chat.output import (
     CallArguments,
@@ -47,8 +45,9 @@ from text_generation_router.chat.output import (
     counted_id,
 )
 from text_generation_router.chat.output import Delta as Part
+from text_generation_router.chat.plain_text import Piece, PlainText, pieces_of
 from text_generation_router.chat.reasoning import REASONING_MARKS, ReasoningMarks
-from text_generation_router.chat.template import ChatTemplates, Rendered
+from text_generation_router.chat.template import ChatTemplates
 from text_generation_router.chat.tools import (
     ToolFormat,
     Tools,
@@ -58,7 +57,7 @@ from text_generation_router.chat.tools import (
     tools_of,
     written_form,
 )
-from text_generation_router.errors import RouterError, TemplateFailed, ToolError, ValidationError
+from text_generation_router.errors import TemplateFailed, ToolError, ValidationError
 from text_generation_router.generate_request import GenerateRequest
 from text_generation_router.guidance.formats import response_format
 from text_generation_router.scheduling.requests import Event, PrefillEvent, TokenEvent
@@ -81,11 +80,14 @@ class ChatRoutes:
         *,
         tool_call_parser: str | None = None,
         reasoning_parser: str | None = None,
+        plain_text: PlainText | None = None,
     ) -> None:
-        """``tool_call_parser``: one of `tools.FORMATS` by name, if it is not to be the template's."""
+        """``tool_call_parser``: one of `tools.FORMATS` by name, if it is not to be the template's. ``plain_text``: what
+        is special stays text in messages."""
         self._answers = answers
         self._templates = templates
         self._form = format_of(templates.tool_use.source if templates else "", tool_call_parser)
+        self._plain_text = plain_text
         self._reasoning = None if reasoning_parser is None else REASONING_MARKS[reasoning_parser]
 
     async def completions(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -99,7 +101,11 @@ class ChatRoutes:
 
         async def answer() -> bytes:
             tools = tools_of(body.tools, body.tool_choice or None, parallel=body.parallel_tool_calls)
-            text = (await self._render(body, tools)).text
+            pieces = await self._render(body, tools)
+            text = "".join(piece for piece, _ in pieces)
+            if len(pieces) > 1:
+                encoding = await self._answers.tokenizer.encode_pieces(pieces)
+                return _encode(ChatTokenized(simple_tokens(text, encoding), text))
             return await self._answers.tokenizer.encode_then(
                 text,
                 lambda encoding: _encode(ChatTokenized(simple_tokens(text, encoding), text)),
@@ -113,70 +119,56 @@ class ChatRoutes:
         return (await self.ask(decode(body, _chat_body))).request
 
     async def _whole(self, scope: Scope, send: Send, body: ChatBody) -> None:
-        started_at = time.perf_counter()
         answers = self._answers
-        totals = Totals()
-        with counted(answers.served.metrics, ROUTE):
+        answering = Answering(answers, ROUTE, scope, send)
+        with answering.counted():
             chat = await self.ask(body)
-            totals.num_copies = chat.num_choices
             texts = [chat.new_text() for _ in range(chat.num_choices)]
             messages = [WholeMessage() for _ in texts]
             tokens: list[list[TokenEvent]] = [[] for _ in texts]
-            async with Choices(answers.inference, caller_of(scope)) as choices:
-                await choices.start([chat.request], chat.num_choices)
-                while (batch := await choices.next()) is not None:
-                    index, events = batch
-                    totals.take(index, events)
-                    for event in events:
-                        if not isinstance(event, PrefillEvent):
-                            parts, new = texts[index].add(event)
-                            messages[index].add(parts)
-                            tokens[index] += new
-        total_s = time.perf_counter() - started_at
-        record_success(answers.served.metrics, ROUTE, chat.request.parameters, totals.finished(), total_s)
+
+            def take(index: int, events: list[Event]) -> None:
+                for event in events:
+                    if not isinstance(event, PrefillEvent):
+                        parts, new = texts[index].add(event)
+                        messages[index].add(parts)
+                        tokens[index] += new
+
+            await answering.collect([chat.request], chat.num_choices, take)
+        choices = [
+            ChatChoice(
+                index=index,
+                message=messages[index].body(),
+                logprobs=ChatLogprobs(logprob_bodies(tokens[index], answers.texts)) if body.logprobs else None,
+                finish_reason=text.finish_reason or "stop",
+            )
+            for index, text in enumerate(texts)
+        ]
         response = ChatCompletion(
             id=answers.new_id("chatcmpl"),
             object="chat.completion",
             created=int(time.time()),
             model=answers.served.model_id,
             system_fingerprint=answers.fingerprint,
-            choices=[
-                ChatChoice(
-                    index=index,
-                    message=messages[index].body(),
-                    logprobs=ChatLogprobs(logprob_bodies(tokens[index], answers.texts)) if body.logprobs else None,
-                    finish_reason=text.finish_reason or "stop",
-                )
-                for index, text in enumerate(texts)
-            ],
-            usage=totals.usage(),
+            choices=choices,
+            usage=answering.totals.usage(),
         )
-        headers = answers.headers(len(chat.request.inputs), totals, total_s)
-        await send_body(send, _encode(response), JSON, headers=headers)
+        await answering.send_whole(_encode(response))
 
     async def _stream(self, scope: Scope, send: Send, body: ChatBody) -> None:
-        started_at = time.perf_counter()
-        answers = self._answers
-        totals = Totals()
-        response: EventStreamResponse | None = None
-        done = b"" if body.is_of_tgis_client else DONE  # it takes everything for JSON
-        try:
-            with counted(answers.served.metrics, ROUTE):
-                chat = await self.ask(body)
-                totals.num_copies = chat.num_choices
-                response = EventStreamResponse(scope, send, answers.stream_headers(len(chat.request.inputs)))
-                frames = _ChatFrames(answers, body, chat, totals)
-                async with Choices(answers.inference, caller_of(scope)) as choices:
-                    await choices.start([chat.request], chat.num_choices)
-                    last = await relay(choices.next, frames, response)
-        except RouterError as error:
-            if response is None or not response.started:
-                raise
-            await response.end(answers.error_frame(error) + done)
-            return
-        total_s = time.perf_counter() - started_at
-        record_success(answers.served.metrics, ROUTE, chat.request.parameters, totals.finished(), total_s)
-        await response.end(last + done)
+        answering = Answering(self._answers, ROUTE, scope, send)
+
+        async def ask() -> Stream:
+            chat = await self.ask(body)
+            return Stream(
+                requests=[chat.request],
+                num_copies=chat.num_choices,
+                frames=_ChatFrames(self._answers, body, chat, answering.totals),
+                error_frame=self._answers.error_frame,
+            )
+
+        # TGI's client takes everything for JSON.
+        await answering.stream(ask, done=b"" if body.is_of_tgis_client else DONE)
 
     async def ask(self, body: ChatBody) -> Chat:
         """What the model is asked, and how its answer is read. Raises: RouterError."""
@@ -189,13 +181,21 @@ class ChatRoutes:
         form = None if tools is None else written_form(tools, self._form)
         if tools is not None and form is not None and tools.forced:
             grammar = forced_grammar(tools, form, self._answers.texts.special_id)
-        prompt = await self._render(body, tools)
+        pieces = await self._render(body, tools)
+        ids = None
+        if len(pieces) > 1:
+            ids = tuple((await self._answers.tokenizer.encode_pieces(pieces)).ids)
         request = GenerateRequest(
-            prompt.text, parameters, add_special_tokens=False, more=msgspec.structs.replace(more, grammar=grammar)
+            "".join(text for text, _ in pieces),
+            parameters,
+            add_special_tokens=False,
+            more=msgspec.structs.replace(more, grammar=grammar),
+            input_ids=ids,
         )
         return Chat(request, body.n or 1, tools, form, self._reasoning, is_tgis=body.is_of_tgis_client)
 
-    async def _render(self, body: ChatBody, tools: Tools | None) -> Rendered:
+    async def _render(self, body: ChatBody, tools: Tools | None) -> list[Piece]:
+        """The prompt; in one piece, but where special tokens are to stay text."""
         if self._templates is None:
             raise TemplateFailed(NO_TEMPLATE)
         template = self._templates.default if tools is None else self._templates.tool_use
@@ -210,14 +210,18 @@ class ChatRoutes:
             known = ", ".join(f"`{name}`" for name in sorted(template.options)) or "none"
             raise ValidationError(f"the chat template does not read `{unknown[0]}`; what it reads: {known}")
         messages = template_messages(body.messages, knows_developer="developer" in template.source)
-        if tools is None:
-            return await template.render(messages, options=options)
-        if not template.knows_tools:
+        known_tools: list[dict[str, Any]] | None = None
+        if tools is not None and template.knows_tools:
+            known_tools = [tool.for_template() for tool in tools.tools]
+        elif tools is not None:
             if not messages:
                 raise ValidationError("`messages` must not be empty")
             messages[-1]["content"] += tool_text(tools, body.tool_prompt)
-            return await template.render(messages, options=options)
-        return await template.render(messages, tools=[tool.for_template() for tool in tools.tools], options=options)
+        hidden: list[str] = []
+        if self._plain_text is not None:
+            messages, known_tools = self._plain_text.hide([messages, known_tools], hidden)
+        prompt = await template.render(messages, tools=known_tools, options=options)
+        return pieces_of(prompt.text, hidden) if hidden else [(prompt.text, False)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,11 +276,9 @@ class _ChatFrames:
             usage=None if self._include_usage else UNSET,
         )
 
-    def __call__(self, batch: tuple[int, list[Event]] | None) -> tuple[bytes, bool]:
+    def __call__(self, batch: Batch) -> tuple[bytes, bool]:
         """The chunks of a batch, and whether it was the last."""
-        assert batch is not None, "the last one said so"
         index, events = batch
-        self._totals.take(index, events)
         frames: list[bytes] = []
         for event in events:
             if not isinstance(event, PrefillEvent):

@@ -37,7 +37,7 @@ class Choices:
         Raises: RouterError, whichever of them is refused.
         """
         self._generations = [None] * (len(requests) * num_copies)
-        self._permits = self._inference.reserve(len(self._generations))
+        self._permits = self._inference.reserve(len(self._generations), self._caller)
         for place, request in enumerate(requests):
             first, *others = ((place * num_copies + copy, _copy(request, copy)) for copy in range(num_copies))
             self._later[first[0]] = others

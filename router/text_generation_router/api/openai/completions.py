@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from text_generation_router.api.accounting import counted, record_success
 from text_generation_router.api.body import read_json
-from text_generation_router.api.caller import caller_of
 from text_generation_router.api.disconnect import until_disconnect
+from text_generation_router.api.openai.answering import Answering, Batch, Stream
 from text_generation_router.api.openai.answers import DONE, Answers, Totals
 from text_generation_router.api.openai.choice_text import ChoiceText
-from text_generation_router.api.openai.choices import Choices
 from text_generation_router.api.openai.parameters import completion_parameters, prompts_of
 from text_generation_router.api.openai.schemas import (
     Completion,
@@ -23,15 +21,16 @@ from text_generation_router.api.openai.schemas import (
     CompletionChoice,
     CompletionLogprobs,
 )
-from text_generation_router.api.reply import JSON, send_body
 from text_generation_router.api.schemas import as_f32
-from text_generation_router.api.sse import EventStreamResponse, frame, relay
-from text_generation_router.errors import BatchTooLarge, RouterError, ValidationError
+from text_generation_router.api.sse import frame
+from text_generation_router.errors import BatchTooLarge, ValidationError
 from text_generation_router.generate_request import GenerateRequest
 from text_generation_router.scheduling.requests import Event, PrefillEvent, PrefillToken, TokenEvent
 
 _completion_body = msgspec.json.Decoder(CompletionBody)
 _encode = msgspec.json.Encoder().encode
+
+ROUTE = "completions"
 
 
 class CompletionRoutes:
@@ -44,67 +43,44 @@ class CompletionRoutes:
         await until_disconnect(receive, answer(scope, send, body))
 
     async def _whole(self, scope: Scope, send: Send, body: CompletionBody) -> None:
-        started_at = time.perf_counter()
-        answers = self._answers
-        with counted(answers.served.metrics, "completions"):
+        answering = Answering(self._answers, ROUTE, scope, send)
+        with answering.counted():
             requests = self._requests(body)
             num_copies = max(body.n or 1, body.best_of or 1)
-            totals = Totals(num_copies)
-            texts = [
-                _Text(answers, body, request, ChoiceText(request.parameters.stop))
-                for request in requests
-                for _ in range(num_copies)
-            ]
-            async with Choices(answers.inference, caller_of(scope)) as choices:
-                await choices.start(requests, num_copies)
-                while (batch := await choices.next()) is not None:
-                    index, events = batch
-                    texts[index].take(events)
-                    totals.take(index, events)
-        total_s = time.perf_counter() - started_at
-        record_success(answers.served.metrics, "completions", requests[0].parameters, totals.finished(), total_s)
+            texts = self._texts(body, requests, num_copies)
+            await answering.collect(requests, num_copies, lambda index, events: texts[index].take(events))
         kept: list[_Text] = []
         for first in range(0, len(texts), num_copies):
             copies = texts[first : first + num_copies]
             if body.best_of is not None:
                 copies.sort(key=_Text.mean_logprob, reverse=True)
             kept += copies[: body.n or 1]
-        response = _completion(
-            answers,
-            [text.body(index) for index, text in enumerate(kept)],
-        )
-        response.usage = totals.usage()
-        num_characters = sum(len(request.inputs) for request in requests)
-        await send_body(send, _encode(response), JSON, headers=answers.headers(num_characters, totals, total_s))
+        response = _completion(self._answers, [text.body(index) for index, text in enumerate(kept)])
+        response.usage = answering.totals.usage()
+        await answering.send_whole(_encode(response))
 
     async def _stream(self, scope: Scope, send: Send, body: CompletionBody) -> None:
-        started_at = time.perf_counter()
-        answers = self._answers
-        num_copies = body.n or 1
-        totals = Totals(num_copies)
-        response: EventStreamResponse | None = None
-        try:
-            with counted(answers.served.metrics, "completions"):
-                requests = self._requests(body)
-                num_characters = sum(len(request.inputs) for request in requests)
-                response = EventStreamResponse(scope, send, answers.stream_headers(num_characters))
-                texts = [
-                    _Text(answers, body, request, ChoiceText(request.parameters.stop))
-                    for request in requests
-                    for _ in range(num_copies)
-                ]
-                frames = _CompletionFrames(answers, body, texts, totals)
-                async with Choices(answers.inference, caller_of(scope)) as choices:
-                    await choices.start(requests, num_copies)
-                    last = await relay(choices.next, frames, response)
-        except RouterError as error:
-            if response is None or not response.started:
-                raise
-            await response.end(answers.error_frame(error) + DONE)
-            return
-        total_s = time.perf_counter() - started_at
-        record_success(answers.served.metrics, "completions", requests[0].parameters, totals.finished(), total_s)
-        await response.end(last + DONE)
+        answering = Answering(self._answers, ROUTE, scope, send)
+
+        async def ask() -> Stream:
+            requests = self._requests(body)
+            num_copies = body.n or 1
+            texts = self._texts(body, requests, num_copies)
+            return Stream(
+                requests=requests,
+                num_copies=num_copies,
+                frames=_CompletionFrames(self._answers, body, texts, answering.totals),
+                error_frame=self._answers.error_frame,
+            )
+
+        await answering.stream(ask, done=DONE)
+
+    def _texts(self, body: CompletionBody, requests: Sequence[GenerateRequest], num_copies: int) -> list[_Text]:
+        return [
+            _Text(self._answers, body, request, ChoiceText(request.parameters.stop))
+            for request in requests
+            for _ in range(num_copies)
+        ]
 
     def _requests(self, body: CompletionBody) -> list[GenerateRequest]:
         """One for each prompt. Raises: RouterError."""
@@ -220,11 +196,9 @@ class _CompletionFrames:
         if self._include_usage:
             self._chunk.usage = None
 
-    def __call__(self, batch: tuple[int, list[Event]] | None) -> tuple[bytes, bool]:
+    def __call__(self, batch: Batch) -> tuple[bytes, bool]:
         """The chunks of a batch, and whether it was the last."""
-        assert batch is not None, "the last one said so"
         index, events = batch
-        self._totals.take(index, events)
         text = self._texts[index]
         frames: list[bytes] = []
         for event in events:

@@ -56,6 +56,7 @@ def parameters_of(
         seed=None if body.seed is None else body.seed % 2**64,
         top_n_tokens=top_n_tokens,
         decoder_input_details=details,
+        priority=body.priority,
     )
     more = MoreParameters(
         presence_penalty=body.presence_penalty or 0.0,

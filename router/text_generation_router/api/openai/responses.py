@@ -8,16 +8,12 @@ from typing import Any
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from text_generation_router.api.accounting import counted, record_success
 from text_generation_router.api.body import read_json
-from text_generation_router.api.caller import caller_of
 from text_generation_router.api.disconnect import until_disconnect
+from text_generation_router.api.openai.answering import Answering, Batch, Stream
 from text_generation_router.api.openai.answers import Answers, Totals
 from text_generation_router.api.openai.chat import Chat, ChatRoutes
-from text_generation_router.api.openai.choices import Choices
 from text_generation_router.api.openai.responses_input import ResponsesBody, chat_of
-from text_generation_router.api.reply import JSON, send_body
-from text_generation_router.api.sse import EventStreamResponse, relay
 from text_generation_router.chat.output import CallArguments, CallBegins, Content, Delta, Reasoning
 from text_generation_router.errors import RouterError
 from text_generation_router.scheduling.requests import Event, PrefillEvent, TokenEvent
@@ -40,41 +36,22 @@ class ResponseRoutes:
         await until_disconnect(receive, answer(scope, send, body))
 
     async def _whole(self, scope: Scope, send: Send, body: ResponsesBody) -> None:
-        started_at = time.perf_counter()
-        answers, totals = self._answers, Totals()
-        with counted(answers.served.metrics, ROUTE):
+        answering = Answering(self._answers, ROUTE, scope, send)
+        with answering.counted():
             chat = await self._chat.ask(chat_of(body))
-            events = ResponseEvents(answers, body, chat, totals)
-            async with Choices(answers.inference, caller_of(scope)) as choices:
-                await choices.start([chat.request], 1)
-                while (batch := await choices.next()) is not None:
-                    events.take(batch[1])
-        total_s = time.perf_counter() - started_at
-        record_success(answers.served.metrics, ROUTE, chat.request.parameters, totals.finished(), total_s)
-        headers = answers.headers(len(chat.request.inputs), totals, total_s)
-        await send_body(send, _encode(events.response), JSON, headers=headers)
+            events = ResponseEvents(self._answers, body, chat, answering.totals)
+            await answering.collect([chat.request], 1, lambda _, batch: events.build(batch))
+        await answering.send_whole(_encode(events.response))
 
     async def _stream(self, scope: Scope, send: Send, body: ResponsesBody) -> None:
-        started_at = time.perf_counter()
-        answers, totals = self._answers, Totals()
-        response: EventStreamResponse | None = None
-        events: ResponseEvents | None = None
-        try:
-            with counted(answers.served.metrics, ROUTE):
-                chat = await self._chat.ask(chat_of(body))
-                response = EventStreamResponse(scope, send, answers.stream_headers(len(chat.request.inputs)))
-                events = ResponseEvents(answers, body, chat, totals)
-                async with Choices(answers.inference, caller_of(scope)) as choices:
-                    await choices.start([chat.request], 1)
-                    last = await relay(choices.next, events.frames, response)
-        except RouterError as error:
-            if response is None or events is None or not response.started:
-                raise
-            await response.end(events.failure(error))
-            return
-        total_s = time.perf_counter() - started_at
-        record_success(answers.served.metrics, ROUTE, chat.request.parameters, totals.finished(), total_s)
-        await response.end(last)
+        answering = Answering(self._answers, ROUTE, scope, send)
+
+        async def ask() -> Stream:
+            chat = await self._chat.ask(chat_of(body))
+            events = ResponseEvents(self._answers, body, chat, answering.totals)
+            return Stream(requests=[chat.request], frames=events.frames, error_frame=events.failure)
+
+        await answering.stream(ask)
 
 
 class ResponseEvents:
@@ -91,9 +68,8 @@ class ResponseEvents:
         """The one that is being written: the last of the output."""
         self._num_reasoning = 0
 
-    def frames(self, batch: tuple[int, list[Event]] | None) -> tuple[bytes, bool]:
-        """For `relay`."""
-        assert batch is not None, "the last one said so"
+    def frames(self, batch: Batch) -> tuple[bytes, bool]:
+        """For `Stream`."""
         events = self.take(batch[1])
         return b"".join(_frame(event) for event in events), self.response["status"] != "in_progress"
 
@@ -103,8 +79,11 @@ class ResponseEvents:
         events = [self._event("error", param=None, **said), self._event("response.failed", response=self.response)]
         return b"".join(_frame(event) for event in events)
 
+    def build(self, events: list[Event]) -> None:
+        """Of an answer that nobody watches."""
+        self.take(events)
+
     def take(self, events: list[Event]) -> list[Json]:
-        self._totals.take(0, events)
         said: list[Json] = []
         if not self._begun:
             self._begun = True

@@ -11,7 +11,7 @@ from text_generation_router.api.openai.schemas import ChatBody
 from text_generation_router.chat.messages import FunctionCall, MessageBody, ToolCall
 from text_generation_router.chat.tools import FunctionBody, NamedFunction, NamedTool, ToolBody
 from text_generation_router.errors import ValidationError
-from text_generation_router.generate_request import F32, U32
+from text_generation_router.generate_request import F32, U32, ShortText
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -74,7 +74,7 @@ class ReasoningOptions(msgspec.Struct, frozen=True):
 
 class ResponsesBody(msgspec.Struct, frozen=True, kw_only=True):
     input: str | list[dict[str, Any]]
-    model: str | None = None
+    model: ShortText | None = None
     instructions: str | None = None
     max_output_tokens: U32 | None = None
     metadata: dict[str, str] | None = None
@@ -88,9 +88,9 @@ class ResponsesBody(msgspec.Struct, frozen=True, kw_only=True):
     top_p: F32 | None = None
     truncation: str | None = None
     # Say nothing of the answer.
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    user: ShortText | None = None
+    safety_identifier: ShortText | None = None
+    prompt_cache_key: ShortText | None = None
     service_tier: str | None = None
     store: bool | None = None
     """Nothing is kept whatever it says, and the answer says so: clients send nothing, which means true."""

@@ -13,7 +13,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from text_generation_router.chat.messages import MessageBody
 from text_generation_router.chat.tools import NamedTool, ToolBody
-from text_generation_router.generate_request import F32, I32, U32
+from text_generation_router.generate_request import F32, I32, U32, Priority, ShortText
 
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 
@@ -28,7 +28,7 @@ class StreamOptions(msgspec.Struct, frozen=True):
 class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     """What chat and completions have in common."""
 
-    model: str | None = None
+    model: ShortText | None = None
     frequency_penalty: F32 | None = None
     presence_penalty: F32 | None = None
     logit_bias: dict[str, F32] | list[F32] | UnsetType | None = UNSET
@@ -40,13 +40,14 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None
     temperature: F32 | None = None
     top_p: F32 | None = None
-    user: str | None = None
+    user: ShortText | None = None
     """Whom OpenAI's abuse monitoring would know; nobody is watched here, and the answer does not depend on it."""
     # TGI's, and what other servers have in common with it.
     repetition_penalty: F32 | UnsetType | None = UNSET
     top_k: I32 | None = None
     typical_p: F32 | None = None
     ignore_eos: bool | None = None
+    priority: Priority | None = None
 
 
 class ChatBody(SamplingFields, frozen=True, kw_only=True):
@@ -64,9 +65,9 @@ class ChatBody(SamplingFields, frozen=True, kw_only=True):
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     # Harmless, as `user` is.
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
+    safety_identifier: ShortText | None = None
+    prompt_cache_key: ShortText | None = None
+    prompt_cache_retention: ShortText | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
     service_tier: str | None = None

@@ -1,0 +1,152 @@
+"""What requests say of themselves: priority, patience, whose they are; and who is refused when it is full."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import scripted
+from text_generation_router.errors import Overloaded
+from text_generation_router.inference import Permits
+
+BODY: dict[str, Any] = {"inputs": "hi"}
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.mark.parametrize(
+    ("headers", "in_body", "expected"),
+    [
+        pytest.param({}, None, 0, id="nothing said"),
+        pytest.param({"x-priority": "7"}, None, 7, id="a header"),
+        pytest.param({"x-priority": "-10"}, None, -10, id="the lowest"),
+        pytest.param({}, 3, 3, id="the body"),
+        pytest.param({"x-priority": "7"}, 0, 0, id="the body has the last word"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions", "/v1/completions"])
+async def test_priority(path: str, headers: dict[str, str], in_body: int | None, expected: int) -> None:
+    body: dict[str, Any] = {"/generate": BODY, "/v1/completions": {"prompt": "hi"}}.get(path, CHAT)
+    if in_body is not None:
+        body = {**body, **({"parameters": {"priority": in_body}} if path == "/generate" else {"priority": in_body})}
+    async with scripted.running() as router:
+        response = await router.client.post(path, json=body, headers=headers)
+        assert response.status_code == 200, response.text
+        assert router.batcher.seen[0].request.priority == expected
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"x-priority": "11"},
+        {"x-priority": "-11"},
+        {"x-priority": "1.0"},
+        {"x-priority": "high"},
+        {"x-priority": ""},
+        {"x-priority": "9" * 400},
+        {"x-request-timeout-ms": "0"},
+        {"x-request-timeout-ms": "-1"},
+        {"x-request-timeout-ms": "1e3"},
+        {"x-request-timeout-ms": str(25 * 3600 * 1000)},
+    ],
+)
+async def test_headers_without_a_meaning_are_refused(headers: dict[str, str]) -> None:
+    async with scripted.running() as router:
+        response = await router.client.post("/generate", json=BODY, headers=headers)
+        assert response.status_code == 422
+        (name,) = headers
+        assert f"the header `{name}` must be a whole number from" in response.json()["error"]
+        assert not router.batcher.seen
+
+
+@pytest.mark.parametrize("value", [11, -11, 1.5, "1", True])
+async def test_a_priority_without_a_meaning_is_refused(value: object) -> None:
+    async with scripted.running() as router:
+        for path, body in (
+            ("/generate", {**BODY, "parameters": {"priority": value}}),
+            ("/v1/chat/completions", {**CHAT, "priority": value}),
+        ):
+            assert (await router.client.post(path, json=body)).status_code == 422
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions"])
+async def test_who_is_not_answered_in_time_is_told_so(path: str) -> None:
+    async with scripted.running(script=scripted.silence) as router:
+        body = BODY if path == "/generate" else CHAT
+        response = await router.client.post(path, json=body, headers={"x-request-timeout-ms": "50"})
+        assert response.status_code == 408
+        assert "was not answered in the 0.05 s" in response.text
+        await router.idle()
+        assert router.metrics.request_failure.value(err="timeout") == 1
+
+
+async def test_a_stream_that_has_begun_ends_with_an_event() -> None:
+    def script(queued: Any) -> None:
+        scripted.say(queued, "one", end=False)
+
+    async with scripted.running(script=script) as router:
+        headers = {"x-request-timeout-ms": "200"}
+        response = await router.client.post("/generate_stream", json=BODY, headers=headers)
+        assert response.status_code == 200
+        assert '"error_type":"timeout"' in response.text
+        await router.idle()
+
+
+async def test_whoever_is_refused_learns_when_to_come_back() -> None:
+    async with scripted.running(max_concurrent_requests=0) as router:
+        response = await router.client.post("/generate", json=BODY)
+        assert (response.status_code, response.headers["retry-after"]) == (429, "7")
+
+
+async def test_a_queue_of_a_given_length() -> None:
+    async with scripted.running(script=scripted.silence, max_queue_size=2) as router:
+        waiting = [asyncio.create_task(router.client.post("/generate", json=BODY)) for _ in range(2)]
+        while len(router.batcher.running) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+        response = await router.client.post("/generate", json=BODY)
+        assert response.status_code == 429
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ({"authorization": "Bearer k"}, {"authorization": "bearer  k"}, True),
+        ({"authorization": "Bearer k"}, {"x-api-key": "k"}, True),
+        ({"authorization": "Bearer k"}, {"authorization": "Bearer K"}, False),
+        ({}, {"authorization": "Basic k"}, False),
+        ({}, {"authorization": "Bearer k"}, False),
+    ],
+)
+async def test_a_key_is_one_tenant_however_it_is_sent(one: dict[str, str], other: dict[str, str], same: bool) -> None:
+    async with scripted.running() as router:
+        for headers in (one, other):
+            assert (await router.client.post("/generate", json=BODY, headers=headers)).status_code == 200
+        first, second = (queued.request for queued in router.batcher.seen)
+        assert (first.tenant == second.tenant) is same
+        assert (first.cache_salt == second.cache_salt) is same
+
+
+def test_no_tenant_takes_the_places_of_the_others() -> None:
+    permits = Permits(16, (b"a", b"b"))
+    taken = []
+    with pytest.raises(Overloaded):
+        while True:
+            taken.append(permits.take(b"a"))
+    assert len(taken) == 14
+    others = [permits.take(b"b") for _ in range(2)]
+    for tenant in (b"a", b"b", b""):
+        with pytest.raises(Overloaded):
+            permits.take(tenant)
+    taken.pop().release()
+    with pytest.raises(Overloaded):
+        Permits(0, (b"a", b"b")).take(b"a")
+    assert permits.num_taken == len(taken) + len(others)
+
+
+def test_a_tenant_alone_may_take_all() -> None:
+    for tenants in ((), (b"a",)):
+        permits = Permits(5, tenants)
+        assert len([permits.take(b"a") for _ in range(5)]) == 5

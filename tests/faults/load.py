@@ -1,0 +1,304 @@
+"""More clients than there is room for, idle connections, readers that are slow: what others notice of them.
+
+    python tests/faults/load.py --model DIR --seconds 60 --output docs/
+
+The levels of load, scaled to a machine of a few cores: a quarter of the default number of concurrent requests, with
+prompts of 64 tokens and answers of 32, a minute for each level. A client that is refused comes back when `Retry-After`
+says, or at once with ``--impatient``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from bench.load import prompts_of
+from integration.asking import address_of, body, connect, message, token_ids, wait_until_idle
+from integration.launched import Launched, starting
+from text_generation_launcher.benchmark.sse import SseReader
+
+LIMIT = 32
+"""`--max-concurrent-requests`."""
+TIMES = 4
+"""More clients than that, where it is too much."""
+INPUT_TOKENS, OUTPUT_TOKENS = 64, 32
+IDLE, SLOW_HEADS = 1000, 200
+SLOW_READERS, SILENT_READERS = 40, 10
+BURST_EVERY_S = 10.0
+
+
+Beside = Callable[[Launched], AbstractAsyncContextManager[None]]
+
+
+@dataclass(slots=True)
+class Level:
+    """What was seen at one of them."""
+
+    name: str
+    seconds: float = 0.0
+    statuses: Counter[int] = field(default_factory=Counter)
+    num_broken: int = 0
+    num_tokens: int = 0
+    first_token_s: list[float] = field(default_factory=list)
+    gaps_s: list[float] = field(default_factory=list)
+    refused_s: list[float] = field(default_factory=list)
+    health_s: list[float] = field(default_factory=list)
+    router_mib: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.seconds
+
+
+def percentile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(int(len(ordered) * share), len(ordered) - 1)] if ordered else 0.0
+
+
+class Clients:
+    """Closed loops of streamed requests."""
+
+    def __init__(
+        self, server: Launched, prompts: list[str], level: Level, *, impatient: bool, key: str | None = None
+    ) -> None:
+        self._server = server
+        self._headers = "" if key is None else f"authorization: Bearer {key}\r\n"
+        self._prompts = prompts
+        self._level = level
+        self._impatient = impatient
+
+    async def run(self, count: int, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        await asyncio.gather(*(self._loop(number, until) for number in range(count)))
+
+    async def _loop(self, number: int, until: float) -> None:
+        choice = random.Random(number)
+        while time.monotonic() < until:
+            wait_s = await self.ask(choice.choice(self._prompts), until)
+            if wait_s:
+                await asyncio.sleep(0 if self._impatient else choice.uniform(0.5, 1.5) * wait_s)
+
+    async def ask(self, prompt: str, until: float) -> float:
+        """One request; seconds after which a refused client comes back, else 0."""
+        level = self._level
+        reader, writer = await asyncio.open_connection(*address_of(self._server))
+        response = SseReader()
+        began = last = time.monotonic()
+        received = b""
+        try:
+            asked = body(prompt, max_new_tokens=OUTPUT_TOKENS)
+            writer.write(message("/generate_stream", asked, headers=self._headers))
+            while not response.ended:
+                data = await reader.read(65536)
+                if not data:
+                    level.num_broken += 1
+                    return 0.0
+                received = received or data
+                for event in response.feed(data):
+                    now = time.monotonic()
+                    if b'"token"' not in event:
+                        level.num_broken += 1
+                        continue
+                    (level.gaps_s if last > began else level.first_token_s).append(now - last)
+                    last = now
+                    level.num_tokens += now < until  # what ends behind the time is no part of its throughput
+        finally:
+            writer.transport.abort()
+        assert response.status is not None
+        level.statuses[response.status] += 1
+        if response.status != 429:
+            return 0.0
+        level.refused_s.append(time.monotonic() - began)
+        head = received.lower().partition(b"retry-after: ")[2]
+        return float(head.split(b"\r\n")[0] or 1)
+
+
+async def probe(server: Launched, level: Level) -> None:
+    """Ask for the server's health twenty times a second, on a connection of its own."""
+    reader, writer = await asyncio.open_connection(*address_of(server))
+    try:
+        while True:
+            began = time.monotonic()
+            writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+            head = await reader.readuntil(b"\r\n\r\n")
+            level.health_s.append(time.monotonic() - began)
+            level.num_broken += not head.startswith(b"HTTP/1.1 200")
+            await asyncio.sleep(0.05)
+    finally:
+        writer.transport.abort()
+
+
+@contextlib.asynccontextmanager
+async def idle_connections(server: Launched) -> AsyncIterator[None]:
+    """Kept open, each with a request behind it, and others that have begun one and go on byte by byte."""
+    address = address_of(server)
+    live = b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n"
+    idle = [await asyncio.open_connection(*address) for _ in range(IDLE)]
+    slow = [await asyncio.open_connection(*address) for _ in range(SLOW_HEADS)]
+
+    async def keep_alive() -> None:
+        while True:
+            for _, writer in idle:
+                with contextlib.suppress(ConnectionError):
+                    writer.write(live)
+                await asyncio.sleep(5.0 / IDLE)
+
+    async def drip() -> None:
+        for _, writer in slow:
+            writer.write(b"GET /live HTTP/1.1\r\nhost: x\r\nx-slow: ")
+        while True:
+            for place, (_, writer) in enumerate(slow):
+                if writer.transport.is_closing():  # cut off: the next one
+                    slow[place] = await asyncio.open_connection(*address)
+                    slow[place][1].write(b"GET /live HTTP/1.1\r\nhost: x\r\nx-slow: ")
+                with contextlib.suppress(ConnectionError):
+                    writer.write(b"a")
+                await asyncio.sleep(1.0 / SLOW_HEADS)
+
+    tasks = [asyncio.create_task(keep_alive()), asyncio.create_task(drip())]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for _, writer in (*idle, *slow):
+            writer.transport.abort()
+
+
+@contextlib.asynccontextmanager
+async def slow_readers(server: Launched) -> AsyncIterator[None]:
+    """Clients that read a kilobyte a second, and some that never do, of answers that they ask for again and again."""
+
+    async def read(rate: int) -> None:
+        while True:
+            with contextlib.suppress(OSError, AssertionError):
+                async with connect(
+                    server, "/generate_stream", body("slow", max_new_tokens=OUTPUT_TOKENS)
+                ) as connection:
+                    while rate:
+                        await connection.some(rate)
+                        await asyncio.sleep(1)
+                    await asyncio.sleep(20)
+
+    tasks = [asyncio.create_task(read(1024)) for _ in range(SLOW_READERS)]
+    tasks += [asyncio.create_task(read(0)) for _ in range(SILENT_READERS)]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class Levels:
+    def __init__(self, model: Path, seconds: float, *, impatient: bool) -> None:
+        self._model = model
+        self._seconds = seconds
+        self._impatient = impatient
+        source = prompts_of(model / "tokenizer.json", INPUT_TOKENS, seed=0)
+        self._prompts = [next(source) for _ in range(200)]
+
+    def run(self) -> list[Level]:
+        levels = [
+            self._with_server("L1 steady", LIMIT, LIMIT),
+            self._with_server(f"L2 {TIMES} times too many", LIMIT, TIMES * LIMIT),
+            self._with_server("L3 bursts", LIMIT, TIMES * LIMIT, bursts=True),
+            self._with_server("L1 again", LIMIT, LIMIT),
+            self._with_server("L4 idle and slow connections", LIMIT, LIMIT, beside=idle_connections),
+            # The slow readers have places of their own, so that the others can be compared.
+            self._with_server("L5 slow readers", LIMIT + SLOW_READERS + SILENT_READERS, LIMIT, beside=slow_readers),
+        ]
+        return levels
+
+    def _with_server(
+        self, name: str, limit: int, clients: int, *, bursts: bool = False, beside: Beside | None = None
+    ) -> Level:
+        level = Level(name)
+        arguments = ("--model-id", str(self._model), "--max-concurrent-requests", str(limit))
+        with starting(*arguments, environ={}) as server:
+            server.wait_until_ready()
+            alone = self._alone(server) if name == "L1 steady" else []
+            asyncio.run(self._measure(server, level, clients, bursts=bursts, beside=beside))
+            wait_until_idle(server)
+            level.router_mib = server.processes()["router"].memory_info().rss / 2**20
+            if alone != (self._alone(server) if alone else []):
+                level.num_broken += 1
+            assert server.stop() == 0
+        return level
+
+    def _alone(self, server: Launched) -> list[list[int]]:
+        """Greedy answers one by one."""
+        answers = []
+        for prompt in self._prompts[:LIMIT]:
+            response = server.client.post("/generate", json=body(prompt, max_new_tokens=OUTPUT_TOKENS))
+            answers.append(token_ids(response.json()))
+        return answers
+
+    async def _measure(
+        self, server: Launched, level: Level, clients: int, *, bursts: bool, beside: Beside | None
+    ) -> None:
+        warm_up = Clients(server, self._prompts, Level("warm-up"), impatient=False)
+        await warm_up.run(LIMIT, 5.0)
+        measured = Clients(server, self._prompts, level, impatient=self._impatient)
+        async with contextlib.AsyncExitStack() as stack:
+            if beside is not None:
+                await stack.enter_async_context(beside(server))
+                await asyncio.sleep(2)
+            probing = asyncio.create_task(probe(server, level))
+            stack.callback(probing.cancel)
+            began = time.monotonic()
+            if bursts:
+                while time.monotonic() - began < self._seconds:
+                    next_at = time.monotonic() + BURST_EVERY_S
+                    await asyncio.gather(*(measured.ask(prompt, next_at) for prompt in self._prompts[:clients]))
+                    await asyncio.sleep(max(next_at - time.monotonic(), 0))
+            else:
+                await measured.run(clients, self._seconds)
+            level.seconds = time.monotonic() - began if bursts else self._seconds
+
+
+def table(levels: list[Level]) -> str:
+    lines = [
+        "| level | tokens/s | of L1 | statuses | broken | TTFT p99 ms | ITL p99 ms | 429 p99 ms "
+        "| /health p99 ms | router MiB |",
+        "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    base = levels[0].tokens_per_s
+    for level in levels:
+        statuses = ", ".join(f"{status}: {count}" for status, count in sorted(level.statuses.items()))
+        times = [level.first_token_s, level.gaps_s, level.refused_s, level.health_s]
+        shown = " | ".join(f"{percentile(each, 0.99) * 1e3:.0f}" if each else "-" for each in times)
+        lines.append(
+            f"| {level.name} | {level.tokens_per_s:.0f} | {level.tokens_per_s / base:.2f} | {statuses} "
+            f"| {level.num_broken} | {shown} | {level.router_mib:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each level")
+    parser.add_argument("--impatient", action="store_true", help="refused clients come back at once")
+    arguments = parser.parse_args()
+    levels = Levels(arguments.model, arguments.seconds, impatient=arguments.impatient).run()
+    print(table(levels))
+    print(json.dumps([{"name": level.name, "broken": level.num_broken} for level in levels]))
+    sys.exit(any(level.num_broken for level in levels))
+
+
+if __name__ == "__main__":
+    main()
