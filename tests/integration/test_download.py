@@ -14,6 +14,7 @@ WEIGHTS = "model.safetensors"
 WITHIN_S = 120.0
 
 
+@pytest.mark.slow
 @pytest.mark.fault(
     "F16", "SIGKILL in the middle of a download", "the next launch goes on with it; no file is left over"
 )

@@ -80,6 +80,7 @@ async def test_a_drain_that_takes_too_long_ends_with_an_error_for_every_client(r
         assert server.end() == 0
 
 
+@pytest.mark.slow
 async def test_a_shard_that_is_killed_ends_the_server_in_one_line(server: Launched) -> None:
     async with running_streams(server) as streams:
         server.processes()["shard 0"].kill()
@@ -98,6 +99,7 @@ async def test_a_router_that_is_killed_ends_the_server_in_one_line(server: Launc
     assert server.errors[-1].startswith("Webserver Crashed: killed by signal 9")
 
 
+@pytest.mark.slow
 @pytest.mark.fault("F12", "SIGKILL of the launcher", "no process is left")
 async def test_no_process_outlives_a_launcher_that_is_killed(server: Launched) -> None:
     async with running_streams(server):

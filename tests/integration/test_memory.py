@@ -30,7 +30,7 @@ KEPT_BYTES = 32 * 2**20
 """What the C library keeps of the copies that packing makes; measured: 24 MiB, whatever the size of the model."""
 TYPES = [
     pytest.param("llama", torch.float32, id="llama in float32", marks=pytest.mark.slow),
-    pytest.param("llama", torch.bfloat16, id="llama in bfloat16"),
+    pytest.param("llama", torch.bfloat16, id="llama in bfloat16", marks=pytest.mark.slow),
     pytest.param("mistral", torch.float32, id="a window, in float32", marks=pytest.mark.slow),
     pytest.param("mixtral", torch.float32, id="experts, in float32", marks=pytest.mark.slow),
 ]

@@ -54,6 +54,7 @@ def test_what_does_not_fit_ends_with_1_the_numbers_and_a_flag() -> None:
     assert line.startswith("Error: not enough memory on a GPU with 0.50 GiB: the weights do not fit")
 
 
+@pytest.mark.slow
 def test_a_model_without_its_weights(tiny_model: MakeModel, tmp_path: Path) -> None:
     shutil.copy(tiny_model("llama") / "config.json", tmp_path)
     done = plan("--model-id", str(tmp_path), "--plan-device", "24GiB")
@@ -66,6 +67,7 @@ def written(folder: Path, content: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -80,6 +82,7 @@ def test_hostile_arguments(arguments: list[str], text: str) -> None:
     refused(plan(*arguments), text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "text"),
     [

@@ -35,6 +35,7 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
     assert "config.json" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["mamba", slow("bloom")])
 def test_an_architecture_that_cannot_run_on_paged_attention(tiny_model: MakeModel, model_type: str) -> None:
     line = refusal("--model-id", str(tiny_model(model_type)))

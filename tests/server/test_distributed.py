@@ -43,6 +43,7 @@ def check(names: tuple[str, ...], tiny_model: MakeModel) -> None:
             assert weight_bytes == pytest.approx(planned.weight_bytes, rel=0.03), f"{name} on rank {rank}"
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_tokens_of_one(tiny_model: MakeModel) -> None:
     check(("llama", "phi3", "qwen3_moe", "gpt_neox", "mixtral"), tiny_model)
 

@@ -158,6 +158,7 @@ def test_a_kernel_may_run_alone_and_in_several_sequences(num_threads: int) -> No
 # -- lifetime --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_kernel_outlives_others() -> None:
     """What one was compiled with is its own: it goes when the kernel goes, and not before."""
     kept: list[Kernel] = []

@@ -116,6 +116,7 @@ def test_rows_that_a_graph_has_too_many_touch_nobody(runner: TransformersRunner)
         assert changed == [0, 1 * BLOCK_SIZE + 39 % BLOCK_SIZE]  # slot 0 is nobody's
 
 
+@pytest.mark.slow
 def test_generation_through_graphs_gives_the_same_tokens(runner: TransformersRunner) -> None:
     prompts = paged_driver.random_prompts(3, lengths=(20, 7))
     expected = paged_driver.greedy(runner, prompts, max_new_tokens=5)
