@@ -128,7 +128,8 @@ def test_a_served_request_is_a_line_of_the_log(reciting: Launched) -> None:
     assert "secret" not in reciting.text, "nobody's prompt is written down"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_behind_a_key(tiny_model: Callable[..., Path], dtype: str) -> None:
     """The weights are float32: ``--dtype`` converts them."""
     folder = tiny_model("llama")

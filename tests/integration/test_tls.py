@@ -25,6 +25,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
+@pytest.mark.slow
 def test_answers_come_over_tls_and_only_over_tls(files: dict[str, Path]) -> None:
     with starting("--tls-cert", str(files["cert"]), "--tls-key", str(files["key"])) as server:
         server.trust(files["authority"])
