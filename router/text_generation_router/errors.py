@@ -133,6 +133,10 @@ class DeadlineExceeded(RouterError):
         )
 
 
+NO_SHARD = "Could not connect to Text Generation server: no shard answers"
+"""Why a request failed, where the shard that it needs is not there. The first words are TGI's."""
+
+
 class GenerationFailed(RouterError):
     """A shard failed or refused the request while it ran."""
 

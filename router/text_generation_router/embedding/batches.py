@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from text_generation_router.errors import GenerationFailed, RouterError, ShuttingDown
+from text_generation_router.errors import NO_SHARD, GenerationFailed, RouterError, ShuttingDown
 from text_generation_router.metrics import Metrics
 from text_generation_router.shards.group import LOST, EmbeddingFailed, ShardGroup, ShardUnreachable
 
@@ -22,7 +22,6 @@ MAX_CRASHES = 2
 """Of the shard over one text: from then on it goes alone."""
 METHOD = "embed"
 """The label of TGI's metrics."""
-NO_SHARD = "Could not connect to Text Generation server: no shard answers"
 
 
 @dataclass(slots=True, eq=False)

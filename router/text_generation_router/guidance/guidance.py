@@ -17,7 +17,7 @@ from pathlib import Path
 
 from text_generation_proto.grammars import Grammar, GrammarError
 
-from text_generation_router.errors import GenerationFailed, Overloaded, ValidationError
+from text_generation_router.errors import NO_SHARD, GenerationFailed, Overloaded, ValidationError
 from text_generation_router.guidance.limits import MAX_CPU_S
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Guidance:
         except TimeoutError:
             raise Overloaded from None
         except Exception as error:
-            raise GenerationFailed("Could not connect to Text Generation server: no shard answers") from error
+            raise GenerationFailed(NO_SHARD) from error
 
     def prepare(self) -> None:
         """Begin to start a worker, which takes a second of a processor: streams would feel it later."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from text_generation_proto.grammars import GrammarError
 
 from text_generation_router.detokenizer import Detokenizer
-from text_generation_router.errors import GenerationFailed, InternalError, RouterError, ShuttingDown
+from text_generation_router.errors import NO_SHARD, GenerationFailed, InternalError, RouterError, ShuttingDown
 from text_generation_router.metrics import Metrics
 from text_generation_router.scheduling.answers import Answer, start_answer
 from text_generation_router.scheduling.backlog import Departures
@@ -33,8 +33,6 @@ MAX_STEPS_IN_FLIGHT = 2
 
 _RECOVERY_PAUSE_S = 0.2
 OUT_OF_MEMORY_WINDOW_S = 60.0
-
-NOT_CONNECTED = "Could not connect to Text Generation server: no shard answers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +102,7 @@ class Batcher:
         if self._closed:
             raise ShuttingDown
         if self._unreachable or (self._draining and self._shards.is_lost):
-            raise GenerationFailed(NOT_CONNECTED)
+            raise GenerationFailed(NO_SHARD)
         self._answers[queued] = start_answer(queued, self._detokenizer, self._shards.info.eos_token_ids)
         self._scheduler.waiting.append(queued)
         self._metrics.queue_size.set(len(self._scheduler.waiting))
@@ -358,7 +356,7 @@ class Batcher:
         self._unreachable = True
         self._scheduler.abandon_epoch()
         self._scheduler.waiting.clear()
-        self._fail(list(self._answers), GenerationFailed(NOT_CONNECTED))
+        self._fail(list(self._answers), GenerationFailed(NO_SHARD))
 
     def _fail(self, requests: Iterable[QueuedRequest], error: RouterError) -> None:
         for queued in requests:

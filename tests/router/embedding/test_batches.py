@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from text_generation_router.embedding import batches
-from text_generation_router.embedding.batches import NO_SHARD, TURN, EncoderBatcher, Job, fill_batch
-from text_generation_router.errors import GenerationFailed, ShuttingDown
+from text_generation_router.embedding.batches import TURN, EncoderBatcher, Job, fill_batch
+from text_generation_router.errors import NO_SHARD, GenerationFailed, ShuttingDown
 from text_generation_router.metrics import Metrics
 from text_generation_router.shards.group import EmbeddingFailed, ShardGroup, ShardUnreachable
 
