@@ -137,7 +137,7 @@ class ScriptedBatcher:
             self.running.remove(queued)
             queued.stream.fail(error)
 
-    def drain(self) -> None:
+    def give_up(self) -> None:
         pass
 
 

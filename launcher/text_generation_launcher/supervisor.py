@@ -7,6 +7,7 @@ idle launcher takes no CPU time.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -47,6 +48,10 @@ def stop_signals() -> list[signal.Signals]:
     return [number for number in asking if signal.getsignal(number) is not signal.SIG_IGN]
 
 
+class _Drained(Exception):
+    """The router has ended as it was asked to."""
+
+
 class Supervisor:
     """Owns the children of one launch."""
 
@@ -70,8 +75,6 @@ class Supervisor:
         self._restarts: deque[float] = deque()
         """Times of those within the window."""
         self._incarnation = 1
-        self._shards_failed = False
-        """Whether they may not be started again."""
         self._settle_s = settle_s
         self._on_ready = on_ready
         self._serving = False
@@ -79,6 +82,8 @@ class Supervisor:
         self._children: list[Child] = []
         self._shards: list[Child] = []
         self._router: Child | None = None
+        self._draining: asyncio.Task[None] | None = None
+        """Until the router has finished its requests and ended."""
         self._num_signals = 0
         self._second_signal: int | None = None
         # The write end is ours alone and never written to: when we are gone, the children read end-of-file.
@@ -96,7 +101,7 @@ class Supervisor:
             loop.add_signal_handler(number, self._on_signal, number, life)
         try:
             await asyncio.wait([life])
-            if life.cancelled():
+            if life.cancelled() or life.exception() is None:
                 await self._stop()
                 self._sink.info("Stopped")
                 return 0 if self._second_signal is None else 128 + self._second_signal
@@ -118,10 +123,14 @@ class Supervisor:
         self._num_signals += 1
         if self._num_signals == 1:
             self._sink.info(f"Received {signal.Signals(number).name}, stopping{self._how_long()}")
-            life.cancel()  # does nothing after a failure: then the end has begun already
+            if not self._serving:
+                life.cancel()
+            elif not life.done():  # after a failure the end has begun already
+                self._draining = asyncio.create_task(self._drain())
             return
         self._sink.warning(f"Received {signal.Signals(number).name} again, stopping at once")
         self._second_signal = number
+        life.cancel()
         for child in self._children:
             if child is not self._router:
                 child.kill_group()
@@ -173,11 +182,12 @@ class Supervisor:
             self._shards.append(await self._spawn(spec))
 
     async def _until_ready(self, waiting: set[Child]) -> None:
-        """Raises: LauncherError, when one of the group ends."""
+        """Raises: LauncherError, when one of the group ends that was not asked to; _Drained."""
         started = time.monotonic()
         while waiting:
             futures = [child.ready for child in waiting] + [child.exited for child in self._children_of_the_group()]
             await asyncio.wait(futures, timeout=WAITING_S, return_when=asyncio.FIRST_COMPLETED)
+            self._raise_if_drained()
             if any(child.exited.done() for child in self._children_of_the_group()):
                 raise await self._failure_while_starting()
             became_ready = {child for child in waiting if child.ready.done()}
@@ -203,14 +213,16 @@ class Supervisor:
         return seconds | router
 
     async def _serve(self) -> None:
-        """Wait for ends that nobody asked for; start shards anew as often as that is allowed."""
-        while True:
-            reason = await self._loss()
-            while reason:
-                reason = await self._restart(reason)
+        """Wait for ends that nobody asked for; start shards anew as often as that is allowed. Returns once the router
+        has drained: its last requests may need them as much as any other."""
+        with contextlib.suppress(_Drained):
+            while True:
+                reason = await self._loss()
+                while reason:
+                    reason = await self._restart(reason)
 
     async def _loss(self) -> str:
-        """Why the shards do not go on, once they do not. Raises: WebserverFailed."""
+        """Why the shards do not go on, once they do not. Raises: WebserverFailed, _Drained."""
         assert self._router is not None
         while True:
             said = asyncio.create_task(self._router.losses.get())
@@ -220,16 +232,23 @@ class Supervisor:
             finally:
                 said.cancel()
             loss = said.result() if said.done() else None
-            if loss is not None and loss.incarnation == self._incarnation:
+            if loss is not None and loss.incarnation != self._incarnation:
+                loss = None  # they have been started again since
+            if loss is not None:
                 # A rank that ends breaks its connection first.
                 await asyncio.wait(self._exits(), timeout=self._settle_s, return_when=asyncio.FIRST_COMPLETED)
             if any(exited.done() for exited in self._exits()):
+                self._raise_if_drained()
                 child = await self._first_dead()
+                if self._draining is not None and (child is self._router or child.exited.result() == 0):
+                    # What asks all processes at once to end, as systemd does, has asked the shards too.
+                    self._tell_of_lost_shards()
+                    raise _Drained
                 child.log_end()
                 if child is self._router:
                     raise WebserverFailed(f"Webserver Crashed: {child.reason}")
                 return f"Shard {child.spec.rank} crashed: {child.reason}"
-            if loss is not None and loss.incarnation == self._incarnation:
+            if loss is not None:
                 await self._dump_stacks()
                 return loss.reason[:1].upper() + loss.reason[1:]
 
@@ -241,13 +260,13 @@ class Supervisor:
 
     async def _restart(self, reason: str) -> str:
         """Start the whole rank group anew: the peers of a lost rank wait for it for ever. Returns why it did not start,
-        empty if it did. Raises: ShardFailed where it may not be tried again, WebserverFailed."""
+        empty if it did. Raises: ShardFailed where it may not be tried again, WebserverFailed, _Drained."""
+        self._raise_if_drained()
         now = time.monotonic()
         while self._restarts and now - self._restarts[0] > RESTART_WINDOW_S:
             self._restarts.popleft()
         if len(self._restarts) >= self._max_shard_restarts:
             again = f" ({len(self._restarts)} restarts in the last 10 minutes)" if self._restarts else ""
-            self._shards_failed = True
             raise ShardFailed(reason + again)
         self._restarts.append(now)
         self._sink.error(f"{reason}. Restarting the shards, {len(self._restarts)} of {self._max_shard_restarts} times")
@@ -284,22 +303,45 @@ class Supervisor:
 
     # -- the end ------------------------------------------------------------------------------------
 
+    async def _drain(self) -> None:
+        """Have the router finish its requests and end."""
+        assert self._router is not None
+        # It ends by itself when its grace is over; it gets a little more to say so to its clients.
+        await self._router.terminate(self._grace_s + SHORT_GRACE_S)
+
+    def _raise_if_drained(self) -> None:
+        if self._draining is not None and self._router is not None and self._router.exited.done():
+            raise _Drained
+
     async def _stop(self) -> None:
         """On request: the router first, which finishes its requests, then the shards."""
-        if self._router is not None:
-            # The router ends by itself when its grace is over; it gets a little more to say so to its clients.
-            await self._router.terminate(self._grace_s + SHORT_GRACE_S if self._serving else SHORT_GRACE_S)
+        if self._draining is not None:
+            await self._draining
+        elif self._router is not None:
+            await self._router.terminate(SHORT_GRACE_S)
         await self._stop_shards()
         others = [child for child in self._children if child.alive]
         await asyncio.gather(*(child.terminate(FAILURE_GRACE_S) for child in others))
 
     async def _stop_after_failure(self) -> None:
         """The rest of a rank group hangs in a collective: it is killed at once. The router may tell its clients."""
-        if self._shards_failed or any(child.exited.done() for child in self._shards):
+        router_lives = self._router is not None and self._router.alive
+        if router_lives or any(child.exited.done() for child in self._shards):
             await self._kill_shards()
         if self._router is not None:
-            await self._router.terminate(min(self._grace_s, FAILURE_GRACE_S) if self._serving else SHORT_GRACE_S)
+            grace_s = min(self._grace_s, FAILURE_GRACE_S) if self._serving else SHORT_GRACE_S
+            self._tell_of_lost_shards()
+            if self._draining is None:
+                await self._router.terminate(grace_s)
+            else:  # a second SIGTERM would cut short what it has to say
+                await asyncio.wait([self._draining], timeout=grace_s)
+                await self._router.kill()
         await self._stop_shards()
+
+    def _tell_of_lost_shards(self) -> None:
+        """Requests that wait for shards to be restarted wait in vain."""
+        if self._serving and self._router is not None:
+            self._router.signal(signal.SIGUSR1)
 
     async def _kill_shards(self) -> None:
         await asyncio.gather(*(child.kill() for child in self._shards if child.alive))

@@ -50,7 +50,10 @@ class Door(Protocol):
     """Where requests come in."""
 
     def drain(self) -> None:
-        """Take nothing new. What runs may finish, as long as the shards live."""
+        """Take nothing new. What runs may finish."""
+
+    def give_up(self) -> None:
+        """No shard will be started again: what waits for one fails."""
 
     def ready(self) -> bool:
         """Whether a request sent now would be served; never waits."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from text_generation_router.errors import ShuttingDown
@@ -60,17 +60,21 @@ class Drain:
 
 
 class Shutdown:
-    """SIGTERM and SIGINT: the first asks for a drain, the second ends everything at once."""
+    """SIGTERM and SIGINT: the first asks for a drain, the second ends everything at once. SIGUSR1, from the launcher:
+    it will start no shard again."""
 
     def __init__(self) -> None:
         self.requested = asyncio.Event()
         self.forced = asyncio.Event()
         self.signal: int | None = None
+        self.on_shards_gone: Callable[[], None] = lambda: None
+        """Called on SIGUSR1."""
 
     def install(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
+        loop.add_signal_handler(signal.SIGUSR1, lambda: self.on_shards_gone())
 
     def _on_signal(self, number: int) -> None:
         if self.requested.is_set():

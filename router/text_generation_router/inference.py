@@ -186,9 +186,12 @@ class Inference:
         self._guidance = guidance
 
     def drain(self) -> None:
-        """Take nothing new. What runs may finish, as long as the shards live."""
+        """Take nothing new. What runs may finish."""
         self.draining = True
-        self._batcher.drain()
+
+    def give_up(self) -> None:
+        """No shard will be started again: what waits for one fails."""
+        self._batcher.give_up()
 
     def ready(self) -> bool:
         """Whether a request sent now would be served: the shards make progress and nothing drains."""

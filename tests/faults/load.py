@@ -17,10 +17,11 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -141,6 +142,20 @@ async def probe(server: Launched, level: Level) -> None:
 
 
 @contextlib.asynccontextmanager
+async def meanwhile(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Have it done until the block is left."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        for end in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(end, Exception):
+                raise end
+
+
+@contextlib.asynccontextmanager
 async def idle_connections(server: Launched) -> AsyncIterator[None]:
     """Kept open, each with a request behind it, and others that have begun one and go on byte by byte."""
     address = address_of(server)
@@ -167,15 +182,10 @@ async def idle_connections(server: Launched) -> AsyncIterator[None]:
                     writer.write(b"a")
                 await asyncio.sleep(1.0 / SLOW_HEADS)
 
-    tasks = [asyncio.create_task(keep_alive()), asyncio.create_task(drip())]
-    try:
+    async with meanwhile(keep_alive(), drip()):
         yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for _, writer in (*idle, *slow):
-            writer.transport.abort()
+    for _, writer in (*idle, *slow):
+        writer.transport.abort()
 
 
 @contextlib.asynccontextmanager
@@ -193,14 +203,8 @@ async def slow_readers(server: Launched) -> AsyncIterator[None]:
                         await asyncio.sleep(1)
                     await asyncio.sleep(20)
 
-    tasks = [asyncio.create_task(read(1024)) for _ in range(SLOW_READERS)]
-    tasks += [asyncio.create_task(read(0)) for _ in range(SILENT_READERS)]
-    try:
+    async with meanwhile(*(read(1024) for _ in range(SLOW_READERS)), *(read(0) for _ in range(SILENT_READERS))):
         yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class Levels:
@@ -257,8 +261,7 @@ class Levels:
             if beside is not None:
                 await stack.enter_async_context(beside(server))
                 await asyncio.sleep(2)
-            probing = asyncio.create_task(probe(server, level))
-            stack.callback(probing.cancel)
+            await stack.enter_async_context(meanwhile(probe(server, level)))
             began = time.monotonic()
             if bursts:
                 while time.monotonic() - began < self._seconds:

@@ -26,14 +26,16 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from faults.ledger import End, Entry, Ledger
-from integration.asking import body, connect, message, metrics, wait_until_idle
-from integration.launched import Launched, starting
+from integration.asking import address_of, body, connect, message, metrics, wait_until_idle
+from integration.launched import ONE_THREAD, Launched, starting
 from tiny_models import make_tiny_model
 
 CLIENTS = 48
 """That ask again as soon as they are answered."""
 KILL_EVERY_S = 240.0
 """Three restarts within ten minutes are allowed."""
+IDLE_S = 11.0
+"""After it idle connections are closed, and what is left of them with it."""
 MAX_GROWTH_MIB = 20
 """Of the router, from after the first minute to the end."""
 BAD_BODIES = (
@@ -108,8 +110,6 @@ async def leave(server: Launched, asked: dict[str, Any], choice: random.Random) 
 
 async def send_bad(server: Launched, content: bytes) -> int:
     """The status of the answer."""
-    from integration.asking import address_of
-
     reader, writer = await asyncio.open_connection(*address_of(server))
     try:
         head = message("/generate", {})
@@ -131,32 +131,34 @@ async def kill(server: Launched, until: float, seen: Seen) -> None:
         await asyncio.sleep(min(KILL_EVERY_S / 2, max(until - time.monotonic(), 0)))
 
 
-def used(router: psutil.Process) -> dict[str, float]:
+def used(router: psutil.Process, tasks: Path) -> dict[str, float]:
     return {
         "descriptors": router.num_fds(),
         "threads": router.num_threads(),
+        "tasks": int(tasks.read_text()),
         "memory_mib": round(router.memory_info().rss / 2**20, 1),
     }
 
 
-async def soak(server: Launched, minutes: float) -> list[str]:
-    """What went wrong."""
+async def soak(server: Launched, minutes: float, tasks: Path) -> list[str]:
+    """What went wrong. ``tasks``: see `loop_watch`."""
     router = server.processes()["router"]
     seen = Seen()
     warm_up = time.monotonic() + min(60.0, minutes * 15)
     await asyncio.gather(*(client(server, -number - 1, warm_up, seen) for number in range(CLIENTS)))
     wait_until_idle(server)
-    before = used(router)
+    await asyncio.sleep(IDLE_S)
+    before = used(router, tasks)
     until = time.monotonic() + minutes * 60
     clients = [client(server, number, until, seen) for number in range(CLIENTS)]
     await asyncio.gather(*clients, kill(server, until, seen))
     values = await asyncio.to_thread(wait_until_idle, server)
-    await asyncio.sleep(11)  # idle connections are closed, and what is left of them with it
-    after = used(router)
+    await asyncio.sleep(IDLE_S)
+    after = used(router, tasks)
     wrong = list(seen.wrong)
     if any(status >= 500 for status in seen.statuses):
         wrong.append(f"bad input was answered with {dict(seen.statuses)}")
-    if after["descriptors"] > before["descriptors"] + 2 or after["threads"] > before["threads"] + 1:
+    if any(after[what] > before[what] + more for what, more in (("descriptors", 2), ("threads", 1), ("tasks", 0))):
         wrong.append(f"left behind: {before} before, {after} after")
     if after["memory_mib"] > before["memory_mib"] + MAX_GROWTH_MIB:
         wrong.append(f"the router has grown from {before['memory_mib']} to {after['memory_mib']} MiB")
@@ -177,10 +179,20 @@ async def soak(server: Launched, minutes: float) -> list[str]:
 
 def run(minutes: float) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
-        model = make_tiny_model("llama", Path(folder), max_position_embeddings=2048)
-        with starting("--model-id", str(model), "--max-concurrent-requests", "32") as server:
+        model = make_tiny_model("llama", Path(folder, "model"), max_position_embeddings=2048)
+        tasks, longest = Path(folder, "tasks"), Path(folder, "longest")
+        watch = {
+            "PYTHONPATH": str(Path(__file__).with_name("loop_watch")),
+            "LOOP_WATCH": str(longest),
+            "LOOP_TASKS": str(tasks),
+        }
+        arguments = ("--model-id", str(model), "--max-concurrent-requests", "32")
+        with starting(*arguments, environ={**ONE_THREAD, **watch}) as server:
             server.wait_until_ready()
-            wrong = asyncio.run(soak(server, minutes))
+            wrong = asyncio.run(soak(server, minutes, tasks))
+            print(
+                f"longest callback of the router's event loop: {float(longest.read_text()) * 1e3:.0f} ms of its thread"
+            )
             values = metrics(server)
             if values["tgi_kv_cache_usage"]:
                 wrong.append(f"{values['tgi_kv_cache_usage']:.1%} of the KV cache is not free")

@@ -92,6 +92,8 @@ def perform(action: str, argument: str) -> None:
                 time.sleep(600)
         case "lost":
             send_event("shards_lost", "shards are lost: a shard hangs", incarnation=int(argument))
+        case "told":
+            signal.signal(signal.SIGUSR1, lambda *_: Path(argument).touch())
         case "stacks":
             faulthandler.register(signal.SIGUSR1)
         case "sleep":
@@ -108,6 +110,7 @@ def perform(action: str, argument: str) -> None:
 if __name__ == "__main__":
     hold_lifeline()
     configure_logging(os.environ.get("LOG_LEVEL", "info"))
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # no child dies of it
     for word in os.environ.get("FAKE_ACTIONS", "\n".join(sys.argv[1:])).split("\n"):
         if word == "--":
             break

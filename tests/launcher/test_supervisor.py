@@ -173,6 +173,65 @@ def test_a_signal_while_shards_are_restarted(run: Start, tmp_path: Path) -> None
     assert started.end() == 0
 
 
+def test_shards_that_die_while_the_router_drains_are_started_again(run: Start, tmp_path: Path) -> None:
+    """Its last requests need them."""
+    die, go = tmp_path / "die", tmp_path / "go"
+    started = run(
+        shards=[["ready", "first=1", f"until={die}", "die=9"]],
+        router=[f"last-words={go}", *SERVE],
+        max_shard_restarts=1,
+    )
+    started.wait_for("READY")
+    started.signal(signal.SIGTERM)
+    started.wait_for("asked to end")
+    die.touch()
+    started.wait_for("The shards are back after")
+    go.touch()
+    assert started.end() == 0
+    assert "last words" in started.messages
+    assert "shard terminated" in started.messages
+
+
+def test_what_asks_all_processes_at_once_to_end_has_asked_the_shards_too(run: Start, tmp_path: Path) -> None:
+    die, go, told = (tmp_path / name for name in ("die", "go", "told"))
+    started = run(
+        shards=[["ready", f"until={die}", "exit=0"]],
+        router=[f"told={told}", f"last-words={go}", *SERVE],
+        max_shard_restarts=3,
+    )
+    started.wait_for("READY")
+    started.signal(signal.SIGTERM)
+    started.wait_for("asked to end")
+    die.touch()
+    deadline = time.monotonic() + 60
+    while not told.exists():
+        assert time.monotonic() < deadline, "the router is not told"
+        time.sleep(0.01)
+    go.touch()
+    assert started.end() == 0
+    assert not [message for message in started.messages if "Restarting" in message]
+
+
+@pytest.mark.parametrize("drains", [False, True])
+def test_a_router_is_told_of_shards_that_are_not_started_again(run: Start, drains: bool, tmp_path: Path) -> None:
+    die, go, told = (tmp_path / name for name in ("die", "go", "told"))
+    started = run(
+        shards=[["ready", f"until={die}", "die=9"]], router=[f"told={told}", f"last-words={go}", *SERVE], grace_s=600
+    )
+    started.wait_for("READY")
+    if drains:
+        started.signal(signal.SIGTERM)
+        started.wait_for("asked to end")
+    die.touch()
+    deadline = time.monotonic() + 60
+    while not told.exists():
+        assert time.monotonic() < deadline, "the router is not told"
+        time.sleep(0.01)
+    go.touch()
+    assert started.end() == 1
+    assert started.last_error.startswith("Shard 0 crashed: killed by signal 9")
+
+
 def test_a_router_that_dies_ends_everything(run: Start, tmp_path: Path) -> None:
     go = tmp_path / "go"
     started = run(shards=[SERVE], router=["ready", f"until={go}", "error=Port 80 on 0.0.0.0 is taken", "exit=1"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -154,6 +155,25 @@ async def test_what_does_not_end_in_time_ends_with_an_error(
             rest = [line async for line in lines if line]
         assert "error_type" in json.loads(rest[-1][5:])
         assert await router.exit() == (128 + second_signal if second_signal else 0)
+
+
+async def test_a_router_whose_shards_will_not_be_started_again(tmp_path: Path) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        path = await stack.enter_async_context(serve_fake_shards(tmp_path, shard(tmp_path, step_s=0.1)))
+        router = await stack.enter_async_context(process(path, "--port", "0", "--max-shard-restarts", "1"))
+        await router.read_until_ready()
+        client = await stack.enter_async_context(httpx2.AsyncClient(base_url=router.base, timeout=30))
+        long = {"inputs": "hi", "parameters": {"max_new_tokens": 400}}
+        async with client.stream("POST", "/generate_stream", json=long) as response:
+            lines = response.aiter_lines()
+            await anext(lines)
+            router.process.send_signal(signal.SIGUSR1)
+            rest = [line async for line in lines if line]
+        assert json.loads(rest[-1][5:])["error_type"] == "generation"
+        refused = await client.post("/generate", json=BODY)
+        assert (refused.status_code, refused.json()["error_type"]) == (424, "generation")
+        router.process.send_signal(signal.SIGTERM)
+        assert await router.exit() == 0
 
 
 async def test_a_signal_while_the_shards_load(tmp_path: Path) -> None:

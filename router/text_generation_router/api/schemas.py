@@ -36,14 +36,14 @@ class CompatGenerateBody(msgspec.Struct, frozen=True):
 # ---------------------------------------------------------------------------------------------------
 
 
-class TokenBody(msgspec.Struct):
+class TokenBody(msgspec.Struct, gc=False):
     id: int
     text: str
     logprob: float | None
     special: bool
 
 
-class PrefillTokenBody(msgspec.Struct):
+class PrefillTokenBody(msgspec.Struct, gc=False):
     id: int
     text: str
     logprob: float | None

@@ -97,14 +97,14 @@ class EncoderBatcher:
         self._crashes: Counter[Place] = Counter()
         """How often the shard was lost over each of their texts."""
         self._is_lost = False
-        self._draining = False
+        self._given_up = False
         self._closed = False
 
-    def drain(self) -> None:
-        """Nothing new will come, and a shard that is lost will not be started again."""
-        self._draining = True
-        if self._is_lost:
-            self._fail_all()
+    def give_up(self) -> None:
+        """No shard will be started again: fail what waits for one, and what comes."""
+        self._given_up = True
+        for job in {*self._jobs, *(job for batch in self._again for job, _ in batch)}:
+            _fail(job, GenerationFailed(NO_SHARD))
 
     def ready(self) -> bool:
         """Whether the shard answers and makes progress."""
@@ -114,7 +114,7 @@ class EncoderBatcher:
         """Vectors in the order of the texts. Raises: GenerationFailed, ShuttingDown."""
         if self._closed:
             raise ShuttingDown
-        if self._draining and self._is_lost:
+        if self._given_up:
             raise GenerationFailed(NO_SHARD)
         job = Job(texts, asyncio.get_running_loop().create_future())
         self._jobs.append(job)
@@ -158,7 +158,7 @@ class EncoderBatcher:
         except (EmbeddingFailed, ShardUnreachable) as error:
             metrics.batch_inference_failure.inc(method=METHOD)
             self._answers = isinstance(error, EmbeddingFailed)
-            if not self._answers and self._shards.restarts and not self._draining:
+            if not self._answers and self._shards.restarts and not self._given_up:
                 await self._lose(batch, incarnation)
                 return
             message = f"Server error: {error}" if self._answers else NO_SHARD
@@ -217,13 +217,9 @@ class EncoderBatcher:
                 await self._shards.rejoin(incarnation)
                 self._is_lost = False
             except ShardUnreachable:
-                if self._draining:
+                if self._given_up:
                     break
                 await asyncio.sleep(RECOVERY_PAUSE_S)
-
-    def _fail_all(self) -> None:
-        for job in {*self._jobs, *(job for batch in self._again for job, _ in batch)}:
-            _fail(job, GenerationFailed(NO_SHARD))
 
 
 def _fail(job: Job, error: RouterError) -> None:

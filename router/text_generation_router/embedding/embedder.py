@@ -65,9 +65,12 @@ class EncoderEmbedder:
         self._vocab_size = vocab_size
 
     def drain(self) -> None:
-        """Take nothing new. What runs may finish, as long as the shard lives."""
+        """Take nothing new. What runs may finish."""
         self.draining = True
-        self._batcher.drain()
+
+    def give_up(self) -> None:
+        """No shard will be started again: what waits for one fails."""
+        self._batcher.give_up()
 
     def ready(self) -> bool:
         """Whether a request sent now would be served."""

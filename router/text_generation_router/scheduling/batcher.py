@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -69,8 +69,9 @@ class Batcher:
         self._last_result_at = 0.0
         self._failure: GroupFailure | None = None
         self._unreachable = False
-        """Whether the shards are gone for good, for all that is known here."""
-        self._draining = False
+        """Whether nobody knows when a shard will answer, or whether."""
+        self._given_up = False
+        """Whether the launcher says that none will be started again."""
         self._departures = Departures()
         self._out_of_memory_at = -math.inf
         self._closed = False
@@ -101,7 +102,7 @@ class Batcher:
         """
         if self._closed:
             raise ShuttingDown
-        if self._unreachable or (self._draining and self._shards.is_lost):
+        if self._unreachable or self._given_up:
             raise GenerationFailed(NO_SHARD)
         self._answers[queued] = start_answer(queued, self._detokenizer, self._shards.info.eos_token_ids)
         self._scheduler.waiting.append(queued)
@@ -123,18 +124,17 @@ class Batcher:
         """When it is worth for a client to come back that is refused now."""
         return self._departures.retry_after_s(self.num_waiting)
 
-    def drain(self) -> None:
-        """Nothing new will come, and no shard that is lost will be restarted: what waits for one fails at once."""
-        self._draining = True
-        if self._shards.is_lost:
-            self._give_up()
-
     def cancel(self, queued: QueuedRequest) -> None:
         """Forget a request whose client went away; its blocks are free at once. Harmless for one that has ended."""
         if self._answers.pop(queued, None) is not None:
             self._scheduler.cancel(queued)
             self._show_state()
             self._wake.set()
+
+    def give_up(self) -> None:
+        """No shard will be started again: fail what waits for one, and what comes."""
+        self._given_up = True
+        self._fail_all()
 
     async def run(self) -> None:
         """Serve until cancelled. Fails what is left of the requests when it ends."""
@@ -215,6 +215,14 @@ class Batcher:
     def _apply(self, result: StepResult) -> None:
         """Hand out the tokens of a step; those of sequences that have ended meanwhile are discarded."""
         running = self._scheduler.running
+        for sequence_id, output_index, token_id, logprob in result.tokens:
+            sequence = running.get(sequence_id)
+            if sequence is None:
+                continue
+            try:
+                self._take_token(sequence, output_index, token_id, logprob, None)
+            except Exception:
+                self._fail_to_hand_out(sequence)
         for generation in result.generations:
             sequence = running.get(generation.sequence_id)
             if sequence is None:
@@ -222,48 +230,69 @@ class Batcher:
             try:
                 self._take_generation(sequence, generation)
             except Exception:
-                logger.exception("A token could not be handed out")
-                self._end(sequence, InternalError())
+                self._fail_to_hand_out(sequence)
         for sequence_id, message in result.failures:
             sequence = running.get(sequence_id)
             if sequence is not None:
                 self._end(sequence, GenerationFailed(f"Server error: {message}"))
-        for count, num_generations in Counter(len(each.token_ids) for each in result.generations).items():
-            if count:
-                self._metrics.request_skipped_tokens.observe(count - 1, times=num_generations)
+        if result.tokens:
+            self._metrics.request_skipped_tokens.observe(0, times=len(result.tokens))
+        for generation in result.generations:
+            if generation.token_ids:
+                self._metrics.request_skipped_tokens.observe(len(generation.token_ids) - 1)
         self._count_result(result)
         self._show_state()
 
     def _take_generation(self, sequence: RunningSequence, generation: Generation) -> None:
-        queued = sequence.queued
-        answer = self._answers[queued]
         if generation.prefill is not None:
+            answer = self._answers[sequence.queued]
             answer.add_prefill(generation.prefill.first_position, generation.prefill.logprobs)
-        if not generation.token_ids:
-            return
-        if generation.embedding:
-            queued.embedding = generation.embedding
-        if not queued.output_ids and answer.prefill_logprobs:
-            queued.stream.put(answer.prefill_event())
+        if generation.embedding and generation.token_ids:
+            sequence.queued.embedding = generation.embedding
         logprobs, tops = generation.logprobs, generation.top_tokens
         for offset, token_id in enumerate(generation.token_ids):
-            if generation.first_output_index + offset != len(queued.output_ids):
-                continue  # known already: the shard repeats itself after a replay
-            before = answer.last_token_at
-            event = answer.add_token(
-                token_id, _finite(logprobs[offset]) if logprobs else None, tops[offset] if tops else None
-            )
-            if before:
-                self._metrics.inter_token_latency_duration.observe(answer.last_token_at - before)
-            else:
-                self._metrics.time_to_first_token_duration.observe(answer.last_token_at - queued.enqueued_at)
-                self._metrics.prefix_cache_queried_tokens.inc(queued.num_prompt_tokens)
-                self._metrics.prefix_cache_hit_tokens.inc(queued.num_cached_tokens)
-            queued.stream.put(event)
-            self._scheduler.took_token(sequence)
-            if event.finished is not None:
-                self._end(sequence, None)
+            if not self._take_token(
+                sequence,
+                generation.first_output_index + offset,
+                token_id,
+                logprobs[offset] if logprobs else None,
+                tops[offset] if tops else None,
+            ):
                 return
+
+    def _take_token(
+        self,
+        sequence: RunningSequence,
+        output_index: int,
+        token_id: int,
+        logprob: float | None,
+        top: list[tuple[int, float]] | None,
+    ) -> bool:
+        """Hand it out; whether the sequence goes on."""
+        queued = sequence.queued
+        if output_index != len(queued.output_ids):
+            return True  # known already: the shard repeats itself after a replay
+        answer, metrics = self._answers[queued], self._metrics
+        before = answer.last_token_at
+        if not before and answer.prefill_logprobs:
+            queued.stream.put(answer.prefill_event())
+        event = answer.add_token(token_id, _finite(logprob), top)
+        if before:
+            metrics.inter_token_latency_duration.observe(answer.last_token_at - before)
+        else:
+            metrics.time_to_first_token_duration.observe(answer.last_token_at - queued.enqueued_at)
+            metrics.prefix_cache_queried_tokens.inc(queued.num_prompt_tokens)
+            metrics.prefix_cache_hit_tokens.inc(queued.num_cached_tokens)
+        queued.stream.put(event)
+        self._scheduler.took_token(sequence)
+        if event.finished is None:
+            return True
+        self._end(sequence, None)
+        return False
+
+    def _fail_to_hand_out(self, sequence: RunningSequence) -> None:
+        logger.exception("A token could not be handed out")
+        self._end(sequence, InternalError())
 
     def _end(self, sequence: RunningSequence, error: RouterError | None) -> None:
         self._scheduler.finish(sequence, keep=error is None)
@@ -285,7 +314,7 @@ class Batcher:
         self._sent.clear()
         lost = self._scheduler.abandon_epoch()
         if failure is not None:
-            if failure.is_lost and (self._draining or not self._shards.restarts):
+            if failure.is_lost and not self._shards.restarts:
                 self._fail(lost, GenerationFailed(f"Server error: {failure.message}"))
             else:
                 self._replay(lost, failure, sent, refused)
@@ -293,10 +322,11 @@ class Batcher:
             try:
                 await self._reset()
             except ShardUnreachable as error:
-                if self._draining or not self._shards.restarts:
+                if not self._shards.restarts:
                     if not self._unreachable:
                         logger.warning("The shards do not answer: %s", error)
-                    self._give_up()
+                    self._unreachable = True
+                    self._fail_all()
                 await asyncio.sleep(_RECOVERY_PAUSE_S)
             else:
                 self._unreachable = False
@@ -351,9 +381,7 @@ class Batcher:
             self._metrics.batch_max_prefill_tokens.set(budget)
             logger.warning("Out of memory again: steps take in %s tokens of prompts from now on", budget)
 
-    def _give_up(self) -> None:
-        """Nobody knows when a shard will answer, or whether: fail what waits for one."""
-        self._unreachable = True
+    def _fail_all(self) -> None:
         self._scheduler.abandon_epoch()
         self._scheduler.waiting.clear()
         self._fail(list(self._answers), GenerationFailed(NO_SHARD))
@@ -404,5 +432,5 @@ class Batcher:
         evictions.inc(scheduler.leases.num_evictions - evictions.value())
 
 
-def _finite(logprob: float) -> float | None:
-    return logprob if math.isfinite(logprob) else None
+def _finite(logprob: float | None) -> float | None:
+    return logprob if logprob is not None and math.isfinite(logprob) else None

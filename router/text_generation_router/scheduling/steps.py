@@ -53,12 +53,13 @@ class RunningSequence:
     @property
     def may_decode(self) -> bool:
         """Whether another decode row can be useful: past the maximum length it never is."""
-        return self.num_unsent == 0 and self.num_outputs_sent < self.queued.request.max_new_tokens
+        # Asked once a token: a property of a property would cost as much again.
+        return self.num_outputs_sent < self.queued.request.max_new_tokens and len(self.token_ids) == self.num_sent
 
     @property
     def num_tokens_after_decode(self) -> int:
         """Tokens in the KV cache once one more decode row has run: its input is the last token sampled so far."""
-        return self.queued.num_prompt_tokens + self.num_outputs_sent
+        return len(self.queued.request.input_ids) + self.num_outputs_sent
 
 
 @dataclass(slots=True)
@@ -143,10 +144,10 @@ class StepScheduler:
 
     def took_token(self, sequence: RunningSequence) -> None:
         """A result has brought the sequence's next token: all before it is computed, and was finite."""
-        is_first = sequence.num_verified == 0
-        sequence.num_verified = sequence.queued.num_tokens - 1
+        is_first, queued = sequence.num_verified == 0, sequence.queued
+        sequence.num_verified = len(queued.request.input_ids) + len(queued.output_ids) - 1
         sequence.num_taken += 1
-        self.waiting.shares.charge(self.waiting.tenant_of(sequence.queued), output_tokens=1)
+        self.waiting.shares.charge(self.waiting.tenant_of(queued), output_tokens=1)
         if is_first:  # its prompt may be the prompt of others that come while it runs, or have come with it
             self.leases.enter(sequence.lease, sequence.token_ids, sequence.num_verified)
             self._cache_grew = True
@@ -204,10 +205,11 @@ class StepScheduler:
     def _add_decodes(self, plan: StepPlan) -> None:
         """Give every finished prompt a decode row, and a block where it outgrows its table."""
         self._blocks_ran_dry = False
+        block_size = self.leases.block_size
         for sequence in self.running.values():
             if not sequence.may_decode:
                 continue
-            if sequence.num_tokens_after_decode > len(sequence.lease.table) * self.leases.block_size:
+            if sequence.num_tokens_after_decode > len(sequence.lease.table) * block_size:
                 missing = self._missing(sequence)
                 new_blocks = self.leases.grow(sequence.lease, missing)
                 if new_blocks is None:

@@ -249,11 +249,6 @@ class ShardGroup:
             self._tell_launcher(HANGS, self.incarnation)
 
     @property
-    def is_lost(self) -> bool:
-        """Whether it takes another incarnation to go on."""
-        return self._is_lost
-
-    @property
     def incarnation(self) -> int:
         """How often the group was started, as far as it is known."""
         return self._identity.incarnation

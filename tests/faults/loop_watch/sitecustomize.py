@@ -2,7 +2,8 @@
 
 Fifty times a second the thread asks the loop to call it back, and measures how much processor time the loop's thread
 uses until it does: all callbacks in between, so no single one has taken more. Time that the thread waited for a
-processor does not count. The largest is written to the file that ``LOOP_WATCH`` names.
+processor does not count. The largest is written to the file that ``LOOP_WATCH`` names, and once a second the number of
+tasks to that of ``LOOP_TASKS``.
 """
 
 from __future__ import annotations
@@ -21,8 +22,15 @@ def watch(loop: asyncio.AbstractEventLoop, file: Path) -> None:
     clock = time.pthread_getcpuclockid(threading.main_thread().ident or 0)
     longest = 0.0
     began = time.monotonic()
+    tasks = Path(os.environ["LOOP_TASKS"]) if "LOOP_TASKS" in os.environ else None
+    told_at = began
     while not loop.is_closed():
         time.sleep(EVERY_S)
+        if tasks is not None and time.monotonic() - told_at > 1:
+            told_at = time.monotonic()
+            fresh = tasks.with_suffix(".new")
+            fresh.write_text(str(len(asyncio.all_tasks(loop))))
+            fresh.replace(tasks)  # who reads it finds a whole number
         called = threading.Event()
         used: list[float] = []
         before = time.clock_gettime(clock)

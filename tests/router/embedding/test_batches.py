@@ -71,9 +71,15 @@ class Shards:
         self.is_alive = True
         self.restarts = False
         self.incarnation = 1
+        self.is_back = asyncio.Event()
 
     async def makes_progress(self) -> bool:
         return self.is_alive
+
+    async def rejoin(self, after: int) -> None:
+        if not self.is_back.is_set():
+            raise ShardUnreachable("not yet")
+        self.incarnation = after + 1
 
     async def embed(self, texts: Sequence[Sequence[int]]) -> bytes:
         self.batches.append(list(texts))
@@ -123,6 +129,42 @@ async def test_a_batch_that_fails_fails_those_in_it(error: Exception, message: s
         assert batcher.ready() is ready
         assert await batcher.embed([[2]]) == raw(2)
         assert batcher.ready()
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+async def test_a_batch_whose_shard_is_lost_waits_for_another(monkeypatch: pytest.MonkeyPatch, comes_back: bool) -> None:
+    monkeypatch.setattr(batches, "RECOVERY_PAUSE_S", 0.01)
+    shards = Shards()
+    shards.restarts = True
+    shards.errors.append(ShardUnreachable("gone"))
+    async with running(shards) as batcher, asyncio.timeout(20):
+        waiting = asyncio.create_task(batcher.embed([[1]]))
+        while not shards.batches or batcher.ready():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        if comes_back:
+            shards.is_back.set()
+            assert await waiting == raw(1)
+        else:
+            batcher.give_up()
+            with pytest.raises(GenerationFailed, match=NO_SHARD):
+                await waiting
+            with pytest.raises(GenerationFailed, match=NO_SHARD):
+                await batcher.embed([[2]])
+
+
+async def test_a_batch_that_is_lost_when_no_shard_will_come_back_fails() -> None:
+    shards = Shards()
+    shards.restarts = True
+    shards.errors.append(ShardUnreachable("gone"))
+    shards.gate.clear()
+    async with running(shards) as batcher, asyncio.timeout(20):
+        computed = asyncio.create_task(batcher.embed([[1]]))
+        while not shards.batches:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        batcher.give_up()
+        shards.gate.set()
+        with pytest.raises(GenerationFailed, match=NO_SHARD):
+            await computed
 
 
 async def test_a_shard_that_nobody_asks_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:

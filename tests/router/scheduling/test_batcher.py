@@ -415,31 +415,34 @@ async def test_requests_wait_for_shards_that_come_back_and_go_on(tmp_path: Path)
         await settled(router, shards[0])
 
 
-async def test_a_drain_does_not_wait_for_shards_that_are_lost(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_seen", [True, False])
+async def test_what_waits_for_shards_that_will_not_come_back_fails(tmp_path: Path, is_seen: bool) -> None:
+    """Whether the router has seen already that they are gone, or is told so first."""
     shard = FakeShard(step_s=0.01)
     async with shards_that_come_back(tmp_path, shard) as (router, restart):
         ran = router.ask("abc", max_new_tokens=400)
         await ran.stream.get_all()
-        await restart.down()
-        async with asyncio.timeout(10):
-            while router.batcher.ready():  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-        router.batcher.drain()
+        if is_seen:
+            await restart.down()
+            async with asyncio.timeout(10):
+                while router.batcher.ready():  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        router.batcher.give_up()
         with pytest.raises(GenerationFailed, match="Could not connect to Text Generation server"):
             await tokens(ran)
         with pytest.raises(GenerationFailed):
             router.ask("too late")
-
-
-async def test_a_shard_that_is_lost_in_a_drain_fails_what_runs(tmp_path: Path) -> None:
-    shard = FakeShard(step_s=0.01)
-    async with shards_that_come_back(tmp_path, shard) as (router, restart):
-        ran = router.ask("abc", max_new_tokens=400)
-        await ran.stream.get_all()
-        router.batcher.drain()
-        await restart.down()
-        with pytest.raises(GenerationFailed, match="a shard was lost"):
-            await tokens(ran)
+        if not is_seen:
+            await restart.down()
+            async with asyncio.timeout(10):
+                while router.batcher.ready():  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        await restart.up()  # an answer that was on its way
+        async with asyncio.timeout(10):
+            while not router.batcher.ready():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        with pytest.raises(GenerationFailed):
+            router.ask("too late")
 
 
 async def test_a_request_whose_time_is_over(tmp_path: Path) -> None:
