@@ -103,7 +103,9 @@ async def serve(flags: RouterFlags, shutdown: Shutdown | None = None) -> int:
         # What is there now stays: the collector need not look at it again on every full pass.
         gc.collect()
         gc.freeze()
-        gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
+        gc.set_threshold(
+            YOUNG_OBJECTS, 2, 2
+        )  # a full pass comes as often as by itself: what a connection leaves is a cycle
         _announce(backend, shown_address(sock))
         code = await _until_end(flags, backend, shutdown, drain)
         await asyncio.gather(*(server.close() for server in servers))

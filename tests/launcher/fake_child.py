@@ -93,11 +93,14 @@ def perform(action: str, argument: str) -> None:
         case "lost":
             send_event("shards_lost", "shards are lost: a shard hangs", incarnation=int(argument))
         case "told":
-            signal.signal(signal.SIGUSR1, lambda *_: Path(argument).touch())
+            # Not a handler in Python, which a SIGTERM behind it would interrupt.
+            faulthandler.register(signal.SIGUSR1, file=os.open(argument, os.O_WRONLY | os.O_CREAT))
         case "stacks":
             faulthandler.register(signal.SIGUSR1)
         case "sleep":
-            time.sleep(float(argument))
+            until = time.monotonic() + float(argument)
+            while (left_s := until - time.monotonic()) > 0:
+                time.sleep(min(left_s, 0.05))  # a signal that comes just ahead of a sleep waits for its end
         case "exit":
             sys.stderr.flush()
             os._exit(int(argument))
