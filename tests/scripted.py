@@ -129,7 +129,7 @@ class ScriptedBatcher:
     def num_waiting(self) -> int:
         return len(self.running)
 
-    def retry_after_s(self) -> int:
+    def turn_away(self) -> int:
         return 7
 
     def expire(self, queued: QueuedRequest, error: RouterError) -> None:

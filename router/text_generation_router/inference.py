@@ -261,7 +261,7 @@ class Inference:
         except Overloaded:
             for permit in permits:
                 permit.release()
-            raise Overloaded(self._batcher.retry_after_s()) from None
+            raise Overloaded(self._batcher.turn_away()) from None
         return permits
 
     async def start(self, request: GenerateRequest, caller: Caller, permit: Permit | None = None) -> Generation:

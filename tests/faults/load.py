@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -189,8 +190,9 @@ async def idle_connections(server: Launched) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def slow_readers(server: Launched) -> AsyncIterator[None]:
-    """Clients that read a kilobyte a second, and some that never do, of answers that they ask for again and again."""
+async def readers(server: Launched, *, slow: bool) -> AsyncIterator[None]:
+    """Clients that read a kilobyte a second, and some that never do, of answers that they ask for again and again; or
+    as many that ask for the same, and read it at once."""
 
     async def read(rate: int) -> None:
         while True:
@@ -200,10 +202,11 @@ async def slow_readers(server: Launched) -> AsyncIterator[None]:
                 ) as connection:
                     while rate:
                         await connection.some(rate)
-                        await asyncio.sleep(1)
+                        await asyncio.sleep(1 if slow else 0)
                     await asyncio.sleep(20)
 
-    async with meanwhile(*(read(1024) for _ in range(SLOW_READERS)), *(read(0) for _ in range(SILENT_READERS))):
+    rates = [1024] * SLOW_READERS + [0 if slow else 1024] * SILENT_READERS
+    async with meanwhile(*(read(rate) for rate in rates)):
         yield
 
 
@@ -216,16 +219,16 @@ class Levels:
         self._prompts = [next(source) for _ in range(200)]
 
     def run(self) -> list[Level]:
-        levels = [
+        with_readers = LIMIT + SLOW_READERS + SILENT_READERS  # who have places of their own
+        return [
             self._with_server("L1 steady", LIMIT, LIMIT),
             self._with_server(f"L2 {TIMES} times too many", LIMIT, TIMES * LIMIT),
             self._with_server("L3 bursts", LIMIT, TIMES * LIMIT, bursts=True),
             self._with_server("L1 again", LIMIT, LIMIT),
             self._with_server("L4 idle and slow connections", LIMIT, LIMIT, beside=idle_connections),
-            # The slow readers have places of their own, so that the others can be compared.
-            self._with_server("L5 slow readers", LIMIT + SLOW_READERS + SILENT_READERS, LIMIT, beside=slow_readers),
+            self._with_server("the same, who read at once", with_readers, LIMIT, beside=partial(readers, slow=False)),
+            self._with_server("L5 slow readers", with_readers, LIMIT, beside=partial(readers, slow=True)),
         ]
-        return levels
 
     def _with_server(
         self, name: str, limit: int, clients: int, *, bursts: bool = False, beside: Beside | None = None

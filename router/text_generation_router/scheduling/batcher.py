@@ -120,9 +120,9 @@ class Batcher:
     def num_waiting(self) -> int:
         return len(self._scheduler.waiting)
 
-    def retry_after_s(self) -> int:
-        """When it is worth for a client to come back that is refused now."""
-        return self._departures.retry_after_s(self.num_waiting)
+    def turn_away(self) -> int:
+        """Seconds after which it is worth for a client to come back that finds no place now."""
+        return self._departures.turn_away(time.perf_counter(), self.num_waiting)
 
     def cancel(self, queued: QueuedRequest) -> None:
         """Forget a request whose client went away; its blocks are free at once. Harmless for one that has ended."""

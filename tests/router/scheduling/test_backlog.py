@@ -1,25 +1,47 @@
-from __future__ import annotations
+"""`scheduling.backlog`: what a client is told that finds no place."""
 
-from text_generation_router.scheduling.backlog import MAX_RETRY_S, MIN_RETRY_S, Departures
-
-
-def test_without_anything_known_it_is_soon() -> None:
-    assert Departures().retry_after_s(100) == MIN_RETRY_S
+from text_generation_router.scheduling.backlog import COMEBACKS, MAX_RETRY_S, MIN_RETRY_S, Departures
 
 
-def test_it_grows_with_who_waits() -> None:
+def every(interval_s: float, count: int = 10) -> Departures:
     departures = Departures()
-    for now in range(20):
-        departures.note(now * 0.5, num_left=3)
-    assert departures.retry_after_s(0) == 1
-    assert departures.retry_after_s(10) == 5
-    assert departures.retry_after_s(10_000) == MAX_RETRY_S
+    for number in range(count):
+        departures.note(number * interval_s, num_left=5)
+    return departures
 
 
-def test_a_pause_without_requests_is_no_slowness() -> None:
+def test_nothing_is_known_at_first() -> None:
+    assert Departures().turn_away(0.0, 100) == MIN_RETRY_S
+
+
+def test_it_is_the_time_in_which_those_ahead_leave() -> None:
+    assert every(0.5).turn_away(5.0, 0) == 1
+    assert every(0.5).turn_away(5.0, 10) == 5
+    assert every(0.5).turn_away(5.0, 10_000) == MAX_RETRY_S
+
+
+def test_requests_that_end_together_do_not_hide_the_pace() -> None:
+    departures = Departures()
+    for burst in range(4):
+        for _ in range(16):
+            departures.note(burst * 8.0, num_left=5)
+    assert departures.turn_away(24.0, 16) in (6, 7)  # two a second, but for what came before the first
+
+
+def test_those_who_were_turned_away_before_come_back_ahead() -> None:
+    departures = every(0.5)
+    told = [departures.turn_away(5.0, 0) for _ in range(40)]
+    assert told == sorted(told)
+    assert told[0] == 1
+    assert told[-1] == 39 / COMEBACKS // 2 + 1
+    # Once they are back, they are ahead of nobody.
+    assert departures.turn_away(5.0 + told[-1], 0) == 1
+
+
+def test_a_pause_says_nothing() -> None:
     departures = Departures()
     departures.note(0.0, num_left=1)
     departures.note(0.5, num_left=0)
-    departures.note(1000.0, num_left=1)
-    departures.note(1000.5, num_left=0)
-    assert departures.retry_after_s(4) == 2
+    departures.note(100.0, num_left=1)
+    departures.note(100.5, num_left=0)
+    assert departures.turn_away(101.0, 4) == 2
