@@ -23,6 +23,11 @@ class Departures:
         self._returning: deque[float] = deque(maxlen=MAX_RETURNING)
         """When those are expected back that were turned away."""
 
+    def arrive(self, now: float) -> None:
+        """A request has come."""
+        if self._last_at is None:  # the time until it ends is as good as that between two ends
+            self._last_at = now
+
     def note(self, now: float, *, num_left: int) -> None:
         """A request has ended, and ``num_left`` are still inside."""
         if self._last_at is not None:

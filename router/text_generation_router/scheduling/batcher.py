@@ -106,6 +106,7 @@ class Batcher:
             raise GenerationFailed(NO_SHARD)
         self._answers[queued] = start_answer(queued, self._detokenizer, self._shards.info.eos_token_ids)
         self._scheduler.waiting.append(queued)
+        self._departures.arrive(queued.enqueued_at)
         self._metrics.queue_size.set(len(self._scheduler.waiting))
         self._wake.set()
 

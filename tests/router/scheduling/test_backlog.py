@@ -23,9 +23,10 @@ def test_it_is_the_time_in_which_those_ahead_leave() -> None:
 def test_requests_that_end_together_do_not_hide_the_pace() -> None:
     departures = Departures()
     for burst in range(4):
-        for _ in range(16):
-            departures.note(burst * 8.0, num_left=5)
-    assert departures.turn_away(24.0, 16) in (6, 7)  # two a second, but for what came before the first
+        departures.arrive(burst * 8.0)
+        for left in reversed(range(16)):
+            departures.note((burst + 1) * 8.0, num_left=left)
+    assert departures.turn_away(32.0, 16) == 8
 
 
 def test_those_who_were_turned_away_before_come_back_ahead() -> None:
@@ -42,6 +43,6 @@ def test_a_pause_says_nothing() -> None:
     departures = Departures()
     departures.note(0.0, num_left=1)
     departures.note(0.5, num_left=0)
-    departures.note(100.0, num_left=1)
+    departures.arrive(100.0)
     departures.note(100.5, num_left=0)
     assert departures.turn_away(101.0, 4) == 2
