@@ -184,6 +184,7 @@ def run(minutes: float) -> list[str]:
         watch = {
             "PYTHONPATH": str(Path(__file__).with_name("loop_watch")),
             "LOOP_WATCH": str(longest),
+            "LOOP_WATCH_AFTER_S": "30",
             "LOOP_TASKS": str(tasks),
         }
         arguments = ("--model-id", str(model), "--max-concurrent-requests", "32")
