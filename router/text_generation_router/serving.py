@@ -45,7 +45,7 @@ from text_generation_router.token_bytes import TokenBytes
 
 logger = logging.getLogger(__name__)
 
-YOUNG_OBJECTS = 20_000
+YOUNG_OBJECTS = 5_000
 """So many more than before, and the collector looks through them. A token of each of 256 streams is 1,500, which are
 gone a moment later: to look through them twice a step, as Python does by itself, is a tenth of what the step costs."""
 CLOSE_S = 3.0
@@ -103,9 +103,8 @@ async def serve(flags: RouterFlags, shutdown: Shutdown | None = None) -> int:
         # What is there now stays: the collector need not look at it again on every full pass.
         gc.collect()
         gc.freeze()
-        gc.set_threshold(
-            YOUNG_OBJECTS, 2, 2
-        )  # a full pass comes as often as by itself: what a connection leaves is a cycle
+        # Full passes come about as often as by themselves: what a connection leaves behind is a cycle.
+        gc.set_threshold(YOUNG_OBJECTS, 5, 4)
         _announce(backend, shown_address(sock))
         code = await _until_end(flags, backend, shutdown, drain)
         await asyncio.gather(*(server.close() for server in servers))

@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from integration.asking import address_of, wait_until_idle
+from integration.asking import address_of, raw_message, wait_until_idle
 from integration.launched import ONE_THREAD, Launched, message_of, starting
 
 CONNECTIONS = 16
@@ -183,12 +183,11 @@ async def client(server: Launched, number: int, count: int, statuses: Counter[st
     for _ in range(count):
         path, valid = choice.choice(VALID)
         content = mutated(valid, choice)
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
         if streams is None:
             streams = await asyncio.open_connection(*address_of(server))
         reader, writer = streams
         try:
-            writer.write(f"{head}\r\n\r\n".encode() + content)
+            writer.write(raw_message(path, content))
             async with asyncio.timeout(WITHIN_S):
                 status, keeps = await read_answer(reader)
         except (OSError, asyncio.IncompleteReadError, TimeoutError, ValueError) as error:
@@ -207,9 +206,8 @@ async def client(server: Launched, number: int, count: int, statuses: Counter[st
 async def ask_once(server: Launched, path: str, content: bytes) -> int:
     """Status of the answer on a connection of its own, 0 if there is none."""
     reader, writer = await asyncio.open_connection(*address_of(server))
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
     try:
-        writer.write(f"{head}\r\n\r\n".encode() + content)
+        writer.write(raw_message(path, content))
         async with asyncio.timeout(WITHIN_S):
             return (await read_answer(reader))[0]
     except (OSError, asyncio.IncompleteReadError, TimeoutError, ValueError):

@@ -57,6 +57,11 @@ class Ledger:
         self._tasks.append(asyncio.create_task(self._follow(entry)))
         return entry
 
+    def send_all(self, requests: Sequence[tuple[dict[str, Any], bool]]) -> None:
+        """Each with whether it is a stream."""
+        for request, stream in requests:
+            self.send(request, stream=stream)
+
     async def begun(self) -> None:
         """Wait until every stream has its first token."""
         async with asyncio.timeout(WITHIN_S):
@@ -137,8 +142,7 @@ async def ledger(server: Launched | str) -> AsyncIterator[Ledger]:
 async def undisturbed(server: Launched, requests: Sequence[tuple[dict[str, Any], bool]]) -> list[Entry]:
     """What the requests get when nothing goes wrong."""
     async with ledger(server) as books:
-        for request, stream in requests:
-            books.send(request, stream=stream)
+        books.send_all(requests)
         await books.ended()
         assert books.ends == {"ok": len(requests)}, [entry.error for entry in books.entries]
         return books.entries

@@ -26,7 +26,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from faults.ledger import End, Entry, Ledger
-from integration.asking import address_of, body, connect, message, metrics, wait_until_idle
+from integration.asking import address_of, body, connect, metrics, raw_message, wait_until_idle
 from integration.launched import ONE_THREAD, Launched, starting
 from tiny_models import make_tiny_model
 
@@ -112,9 +112,7 @@ async def send_bad(server: Launched, content: bytes) -> int:
     """The status of the answer."""
     reader, writer = await asyncio.open_connection(*address_of(server))
     try:
-        head = message("/generate", {})
-        head = head[: head.index(b"content-length: ")] + b"content-length: %d\r\n\r\n" % len(content)
-        writer.write(head + content)
+        writer.write(raw_message("/generate", content))
         async with asyncio.timeout(60):
             return int((await reader.readline()).split()[1])
     finally:

@@ -56,8 +56,7 @@ async def test_a_shard_is_killed_under_32_streams(
         requests = mixed_requests()
         expected = await undisturbed(server, requests)
         async with ledger(server) as books:
-            for request, stream in requests:
-                books.send(request, stream=stream)
+            books.send_all(requests)
             await books.begun()
             killed_at = time.monotonic()
             server.processes()[victim].kill()
@@ -80,8 +79,7 @@ async def test_bfloat16_streams_go_on(long_llama: Path, record_property: Record)
         expected = await undisturbed(server, requests)
         again = await undisturbed(server, requests)
         async with ledger(server) as books:
-            for request, stream in requests:
-                books.send(request, stream=stream)
+            books.send_all(requests)
             await books.begun()
             server.processes()["shard 0"].kill()
             await books.ended()
@@ -103,8 +101,7 @@ async def test_sockets_that_are_removed(long_llama: Path, record_property: Recor
         command = server.processes()["router"].cmdline()
         sockets = Path(command[command.index("--master-shard-uds-path") + 1]).parent
         async with ledger(server) as books:
-            for request, stream in requests:
-                books.send(request, stream=stream)
+            books.send_all(requests)
             await books.begun()
             removed = [path for path in sockets.iterdir() if path.is_socket()]
             assert len(removed) >= 2
@@ -190,8 +187,7 @@ async def test_a_shard_stops(long_llama: Path, record_property: Record, ranks: i
         requests = mixed_requests(8)
         expected = await undisturbed(server, requests)
         async with ledger(server) as books:
-            for request, stream in requests:
-                books.send(request, stream=stream)
+            books.send_all(requests)
             await books.begun()
             stopped_at = time.monotonic()
             server.processes()[victim].suspend()
@@ -244,8 +240,7 @@ async def test_who_makes_the_shard_fail_fails_alone(
         requests = mixed_requests(31)
         expected = await undisturbed(server, requests)
         async with ledger(server) as books:
-            for request, stream in requests:
-                books.send(request, stream=stream)
+            books.send_all(requests)
             await books.begun()
             guilty = books.send(body(f"the {character} one", max_new_tokens=20), stream=False)
             await books.ended()
@@ -303,8 +298,7 @@ async def test_a_server_that_is_told_to_end_while_shards_are_restarted(
         requests = mixed_requests(8, tokens=1500)
         expected = await undisturbed(server, requests)
         async with ledger(server) as books:
-            for request, stream in requests:
-                books.send(request, stream=stream)
+            books.send_all(requests)
             await books.begun()
             shard = server.processes()["shard 0"]
             if drains_first:

@@ -103,7 +103,11 @@ def address_of(server: Launched | str) -> tuple[str, int]:
 
 def message(path: str, request: dict[str, Any], *, headers: str = "") -> bytes:
     """A request as it goes over the wire. ``headers``: more of them, each with its end of line."""
-    content = json.dumps(request).encode()
+    return raw_message(path, json.dumps(request).encode(), headers=headers)
+
+
+def raw_message(path: str, content: bytes, *, headers: str = "") -> bytes:
+    """The same with a body that need not be JSON."""
     head = (
         f"POST {path} HTTP/1.1\r\nhost: test\r\n{headers}content-type: application/json\r\n"
         f"content-length: {len(content)}"

@@ -84,14 +84,19 @@ def run() -> Iterator[Callable[..., Run]]:
             pipe.close()
 
 
-def pid_in(file: Path, timeout_s: float = 20.0) -> int:
-    """The process id that a fake child writes to ``file``."""
+def text_in(file: Path, timeout_s: float = 20.0) -> str:
+    """What a fake child writes to ``file``."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if file.exists() and (text := file.read_text()):
-            return int(text)
+            return text
         time.sleep(0.01)
-    raise AssertionError(f"no process id in {file}")
+    raise AssertionError(f"nothing in {file}")
+
+
+def pid_in(file: Path) -> int:
+    """The process id that a fake child writes to ``file``."""
+    return int(text_in(file))
 
 
 def is_running(pid: int) -> bool:

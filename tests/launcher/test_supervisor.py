@@ -192,14 +192,9 @@ def test_shards_that_die_while_the_router_drains_are_started_again(run: Start, t
     assert "shard terminated" in started.messages
 
 
-def wait_until_told(file: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not file.read_text():
-        assert time.monotonic() < deadline, "the router is not told"
-        time.sleep(0.01)
-
-
-def test_what_asks_all_processes_at_once_to_end_has_asked_the_shards_too(run: Start, tmp_path: Path) -> None:
+def test_what_asks_all_processes_at_once_to_end_has_asked_the_shards_too(
+    run: Start, process: Any, tmp_path: Path
+) -> None:
     die, go, told = (tmp_path / name for name in ("die", "go", "told"))
     started = run(
         shards=[["ready", f"until={die}", "exit=0"]],
@@ -210,14 +205,16 @@ def test_what_asks_all_processes_at_once_to_end_has_asked_the_shards_too(run: St
     started.signal(signal.SIGTERM)
     started.wait_for("asked to end")
     die.touch()
-    wait_until_told(told)
+    assert process.text_in(told, timeout_s=60), "the router is told"
     go.touch()
     assert started.end() == 0
     assert not [message for message in started.messages if "Restarting" in message]
 
 
 @pytest.mark.parametrize("drains", [False, True])
-def test_a_router_is_told_of_shards_that_are_not_started_again(run: Start, drains: bool, tmp_path: Path) -> None:
+def test_a_router_is_told_of_shards_that_are_not_started_again(
+    run: Start, process: Any, drains: bool, tmp_path: Path
+) -> None:
     die, go, told = (tmp_path / name for name in ("die", "go", "told"))
     started = run(
         shards=[["ready", f"until={die}", "die=9"]], router=[f"told={told}", f"last-words={go}", *SERVE], grace_s=600
@@ -227,7 +224,7 @@ def test_a_router_is_told_of_shards_that_are_not_started_again(run: Start, drain
         started.signal(signal.SIGTERM)
         started.wait_for("asked to end")
     die.touch()
-    wait_until_told(told)
+    assert process.text_in(told, timeout_s=60), "the router is told"
     go.touch()
     assert started.end() == 1
     assert started.last_error.startswith("Shard 0 crashed: killed by signal 9")

@@ -53,7 +53,7 @@ class Answering:
         return counted(self._answers.served.metrics, self._route)
 
     async def collect(
-        self, requests: Sequence[GenerateRequest], num_copies: int, take: Callable[[int, list[Event]], None]
+        self, requests: Sequence[GenerateRequest], num_copies: int, take: Callable[[int, list[Event]], object]
     ) -> None:
         """Run the requests to their ends. Raises: RouterError."""
         async with self._choices(requests, num_copies) as choices:

@@ -40,7 +40,7 @@ class ResponseRoutes:
         with answering.counted():
             chat = await self._chat.ask(chat_of(body))
             events = ResponseEvents(self._answers, body, chat, answering.totals)
-            await answering.collect([chat.request], 1, lambda _, batch: events.build(batch))
+            await answering.collect([chat.request], 1, lambda _, batch: events.take(batch))
         await answering.send_whole(_encode(events.response))
 
     async def _stream(self, scope: Scope, send: Send, body: ResponsesBody) -> None:
@@ -78,10 +78,6 @@ class ResponseEvents:
         self.response |= {"status": "failed", "error": {"code": "server_error", "message": str(error)}}
         events = [self._event("error", param=None, **said), self._event("response.failed", response=self.response)]
         return b"".join(_frame(event) for event in events)
-
-    def build(self, events: list[Event]) -> None:
-        """Of an answer that nobody watches."""
-        self.take(events)
 
     def take(self, events: list[Event]) -> list[Json]:
         said: list[Json] = []
