@@ -137,6 +137,7 @@ async def test_tokens_are_counted_without_an_answer() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, 422, "invalid_request_error"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, 422, "invalid_request_error"),
         ({"messages": 5}, 422, "invalid_request_error"),
+        ({"messages": [{"role": "user", "content": "a"}] * 1025}, 422, "invalid_request_error"),
     ],
 )
 async def test_errors_have_anthropics_form(body: dict[str, Any], status: int, kind: str) -> None:

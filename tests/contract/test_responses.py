@@ -122,6 +122,7 @@ async def test_reasoning_is_an_item_of_its_own() -> None:
         ({"input": [{"type": "item_reference", "id": "x"}]}, "items of the type `item_reference`"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "content of the type `input_image`"),
         ({"input": [{"role": "user"}]}, "is none of the type `message`"),
+        ({"input": [{"role": "user", "content": "a"}] * 4097}, "`input` may have 4096 items at most. Given: 4097"),
         ({"max_output_tokens": 5000}, "must be <= 120"),
     ],
 )

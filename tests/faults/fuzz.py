@@ -112,9 +112,12 @@ def huge() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "/chat_tokenize", {"messages": CHAT * 1024}
     yield "/v1/responses", {"input": CHAT * 40_000}
     yield "/v1/responses", {"input": [{"role": "user", "content": parts}]}
+    yield "/v1/responses", {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": ""}] * 25_000}
     yield "/v1/responses", {"input": "x", "metadata": {name: name for name in many}}
     yield "/v1/messages", {"model": "tgi", "messages": CHAT * 40_000, "max_tokens": 1}
     yield "/v1/messages", {"model": "tgi", "messages": [{"role": "user", "content": parts}], "max_tokens": 1}
+    results = [{"type": "tool_result", "tool_use_id": "t", "content": "a"}] * 25_000
+    yield "/v1/messages", {"model": "tgi", "messages": [{"role": "user", "content": results}], "max_tokens": 1}
     yield "/v1/embeddings", {"input": ["a b c"] * 2048}
     yield "/v1/embeddings", {"input": ["a"] * 300_000}
     yield "/embed", {"inputs": [[1, 2, 3]] * 100_000}

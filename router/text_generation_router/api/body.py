@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from typing import TypeVar
 
@@ -14,11 +16,17 @@ from text_generation_router.errors import BodyTooLarge, NotJson, UnsupportedBody
 MAX_DEPTH = 64
 """Levels of arrays and objects in a body. No body of ours needs a dozen."""
 
+LARGE_BYTES = 256 * 1024
+"""A body above this is decoded by a thread: one of 2 MB takes tens of milliseconds, and streams run meanwhile."""
+
 MAX_REASON = 300
 """Characters of the reason why a body is refused."""
 
 _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+
+# One after the other: they hold the interpreter's lock most of the time.
+_thread = ThreadPoolExecutor(1, thread_name_prefix="json")
 
 Body = TypeVar("Body")
 
@@ -37,11 +45,17 @@ async def read_json(scope: Scope, receive: Receive, decoder: msgspec.json.Decode
     Raises: BodyError (400, 413, 415, 422); ClientGone when the connection ends first.
     """
     _check_headers(scope)
-    return decode(await _read(scope, receive, limit), decoder)
+    return await decode(await _read(scope, receive, limit), decoder)
 
 
-def decode(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
-    """Decode strictly. Raises: NotJson, WrongJson."""
+async def decode(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
+    """Decode strictly, a large body off the event loop. Raises: NotJson, WrongJson."""
+    if len(body) <= LARGE_BYTES:
+        return _decode(body, decoder)
+    return await asyncio.get_running_loop().run_in_executor(_thread, _decode, body, decoder)
+
+
+def _decode(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
     try:
         if not body.isascii():
             body.decode()  # the decoder skips over what it does not know

@@ -128,10 +128,10 @@ class VertexRoutes:
         return [result.best.finished.generated_text for result in results]
 
     async def _request(self, instance: bytes) -> GenerateRequest:
-        members = decode(instance, _raw_members)
+        members = await decode(instance, _raw_members)
         if "messages" in members:
             return await self._chat.request_of(instance)
-        given = decode(instance, _vertex_instance)
+        given = await decode(instance, _vertex_instance)
         parameters = given.parameters or GenerateParameters()
         # TGI's Vertex route samples whatever it is told.
         return GenerateRequest(given.inputs, msgspec.structs.replace(parameters, do_sample=True))

@@ -65,13 +65,18 @@ class MessageBody(msgspec.Struct, frozen=True):
     audio: Any = None
 
 
+def check_number(num_messages: int) -> None:
+    """Before something is done with each of them. Raises: ValidationError."""
+    if num_messages > MAX_MESSAGES:
+        raise ValidationError(f"`messages` may be {MAX_MESSAGES} at most. Given: {num_messages}")
+
+
 def template_messages(messages: Sequence[MessageBody], *, knows_developer: bool) -> list[dict[str, Any]]:
     """What the template gets. ``knows_developer``: whether it has a role of that name, else it is the system's.
 
     Raises: ValidationError.
     """
-    if len(messages) > MAX_MESSAGES:
-        raise ValidationError(f"`messages` may be {MAX_MESSAGES} at most. Given: {len(messages)}")
+    check_number(len(messages))
     return [_template_message(message, knows_developer=knows_developer) for message in messages]
 
 

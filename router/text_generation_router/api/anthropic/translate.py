@@ -15,7 +15,7 @@ from text_generation_router.api.anthropic.schemas import (
     Turn,
 )
 from text_generation_router.api.openai.schemas import ChatBody
-from text_generation_router.chat.messages import FunctionCall, MessageBody, ToolCall
+from text_generation_router.chat.messages import FunctionCall, MessageBody, ToolCall, check_number
 from text_generation_router.chat.tools import FunctionBody, NamedFunction, NamedTool, ToolBody
 from text_generation_router.errors import ValidationError
 
@@ -64,6 +64,7 @@ def _messages(body: MessagesBody) -> Iterable[MessageBody]:
     if body.system is not None:
         text = body.system if isinstance(body.system, str) else "\n".join(block.text for block in body.system)
         yield MessageBody("system", text)
+    check_number(len(body.messages))
     for turn in body.messages:
         yield from _turn(turn)
 

@@ -116,7 +116,7 @@ class ChatRoutes:
 
     async def request_of(self, body: bytes) -> GenerateRequest:
         """What the body of a chat asks of the model. Raises: BodyError, RouterError."""
-        return (await self.ask(decode(body, _chat_body))).request
+        return (await self.ask(await decode(body, _chat_body))).request
 
     async def _whole(self, scope: Scope, send: Send, body: ChatBody) -> None:
         answers = self._answers
@@ -205,10 +205,9 @@ class ChatRoutes:
         for name, value in options.items():
             if isinstance(value, dict | list):
                 raise ValidationError(f"`chat_template_kwargs` takes texts, numbers and booleans, `{name}` is none")
-        unknown = sorted(options.keys() - template.options)
-        if unknown:
-            known = ", ".join(f"`{name}`" for name in sorted(template.options)) or "none"
-            raise ValidationError(f"the chat template does not read `{unknown[0]}`; what it reads: {known}")
+            if name not in template.options:
+                known = ", ".join(f"`{option}`" for option in sorted(template.options)) or "none"
+                raise ValidationError(f"the chat template does not read `{name}`; what it reads: {known}")
         messages = template_messages(body.messages, knows_developer="developer" in template.source)
         known_tools: list[dict[str, Any]] | None = None
         if tools is not None and template.knows_tools:

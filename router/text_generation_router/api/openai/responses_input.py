@@ -8,10 +8,13 @@ from typing import Any, Literal
 import msgspec
 
 from text_generation_router.api.openai.schemas import ChatBody
-from text_generation_router.chat.messages import FunctionCall, MessageBody, ToolCall
+from text_generation_router.chat.messages import MAX_MESSAGES, FunctionCall, MessageBody, ToolCall
 from text_generation_router.chat.tools import FunctionBody, NamedFunction, NamedTool, ToolBody
 from text_generation_router.errors import ValidationError
 from text_generation_router.generate_request import F32, U32, ShortText
+
+MAX_ITEMS = 4 * MAX_MESSAGES
+"""Of `input`. A message may come of several: thoughts and calls are items of their own."""
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -136,6 +139,8 @@ def chat_of(body: ResponsesBody) -> ChatBody:
     if isinstance(body.input, str):
         messages.append(MessageBody("user", body.input))
     else:
+        if len(body.input) > MAX_ITEMS:
+            raise ValidationError(f"`input` may have {MAX_ITEMS} items at most. Given: {len(body.input)}")
         messages += _messages(body.input)
     return ChatBody(
         model=body.model,
@@ -211,9 +216,10 @@ def _add_message(messages: list[MessageBody], message: MessageBody) -> None:
 
 def _add_call(messages: list[MessageBody], call: ToolCall) -> None:
     last = messages[-1] if messages else None
-    if last is not None and last.role == "assistant":
-        calls = [*(last.tool_calls or ()), call]
-        messages[-1] = msgspec.structs.replace(last, tool_calls=calls)
+    if last is not None and last.tool_calls is not None:
+        last.tool_calls.append(call)
+    elif last is not None and last.role == "assistant":
+        messages[-1] = msgspec.structs.replace(last, tool_calls=[call])
     else:
         messages.append(MessageBody("assistant", None, tool_calls=[call]))
 
