@@ -31,6 +31,8 @@ from integration.launched import ONE_THREAD, Launched, message_of, starting
 CONNECTIONS = 16
 MAX_CALLBACK_S = 0.05
 WITHIN_S = 60.0
+SHORT = ("--max-input-tokens", "96", "--max-total-tokens", "104")
+"""Room for all of the valid bodies. What asks for as much as there is gets few tokens: it is bodies that are tried out."""
 CHAT = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 VALID: list[tuple[str, dict[str, Any]]] = [
@@ -242,7 +244,7 @@ def fuzz(num_bodies: int, seed: int = 0) -> tuple[dict[str, Any], list[str]]:
             "LOOP_WATCH": str(longest),
             "LOOP_WATCH_AFTER_S": "15",
         }
-        with starting(environ={**ONE_THREAD, **watch}) as server:
+        with starting(*SHORT, environ={**ONE_THREAD, **watch}) as server:
             server.wait_until_ready()
             began = time.monotonic()
 

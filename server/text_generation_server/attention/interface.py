@@ -5,6 +5,7 @@ Shape legend: T tokens of a step, H query heads, K key/value heads, D key width,
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -131,6 +132,10 @@ class LaunchingBackend(Protocol):
     ) -> tuple[Launch, ...] | None:
         """What `AttentionBackend.attend` would run one after another, with the arguments for this step, to be run
         before the next is asked for; ``out_THE`` is contiguous. None: something of it is no kernel; nothing is done."""
+
+    def launch_key(self, plan: Any) -> Hashable | None:
+        """Says of two plans, with equal keys, that for one layer and the same memory `launches` returns the same. None:
+        there are prompt chunks, whose launches are never the same."""
 
 
 @runtime_checkable

@@ -7,6 +7,7 @@ slots.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -85,13 +86,15 @@ class LlvmPaged:
             None if has_kernel else TorchPaged(layers=layers, block_size=block_size, dtype=dtype, device=device)
         )
         self._kernels: dict[tuple[LayerSpec, float, float, bool], _Kernels] = {}
+        self._kept: dict[Hashable, Tensor] = {}
+        """Memory of plans, by its use."""
 
     def prepare(self, inputs: ForwardInputs) -> Plan:
         num_rows = inputs.num_decode_rows
         plan = Plan(
             num_rows=num_rows,
             num_tokens=inputs.slots_T.shape[0],
-            slots_T=inputs.slots_T,
+            slots_T=self._keep("slots", inputs.slots_T),
             rows={sight: self._rows(inputs, *sight) for sight in self._sights if num_rows},
             chunks={},
             torch_plan=None,
@@ -112,7 +115,16 @@ class LlvmPaged:
     def _rows(self, inputs: ForwardInputs, window: int, chunk: int) -> Rows:
         stops = inputs.context_lens[: inputs.num_decode_rows]
         firsts = [first_seen(stop - 1, window, chunk) for stop in stops]
-        return decode_attention.plan_rows(inputs.block_tables[: len(stops)], firsts, stops, self.block_size)
+        rows = decode_attention.plan_rows(inputs.block_tables[: len(stops)], firsts, stops, self.block_size)
+        parts_U5 = self._keep(("parts", window, chunk), rows.parts_U5)
+        return Rows(parts_U5, self._keep(("tables", window, chunk), rows.tables_RB))
+
+    def _keep(self, use: Hashable, numbers: Tensor) -> Tensor:
+        """The same numbers, where those of the step before lie if there is room: who knows the place knows them."""
+        memory = self._kept.get(use)
+        if memory is None or memory.numel() < numbers.numel():
+            memory = self._kept[use] = numbers.new_empty(2 * numbers.numel())
+        return memory[: numbers.numel()].view(numbers.shape).copy_(numbers)
 
     def attend(
         self,
@@ -199,6 +211,15 @@ class LlvmPaged:
             )
             launches.append((kernels.decode.kernel, arguments))
         return tuple(launches)
+
+    def launch_key(self, plan: Plan) -> Hashable | None:
+        if plan.chunks or plan.torch_plan is not None:
+            return None
+        key: list[Hashable] = [plan.num_rows, plan.slots_T.data_ptr()]
+        for rows in plan.rows.values():
+            key += [rows.parts_U5.data_ptr(), len(rows.parts_U5), rows.tables_RB.data_ptr(), rows.tables_RB.shape[1]]
+        key += [kernels.decode.memory for kernels in self._kernels.values()]
+        return tuple(key)
 
     def _kernels_of(self, layer: LayerSpec, scaling: float, softcap: float, *, has_sinks: bool) -> _Kernels:
         key = layer, scaling, softcap, has_sinks

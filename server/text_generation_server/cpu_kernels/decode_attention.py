@@ -29,6 +29,8 @@ that is in no cache: 10.2 ms with 1, 8.6 with 2, 9.2 with 4; 8.3 when the values
 MAX_ACCUMULATORS = 16
 """Vectors of results that are in registers at once; AVX-512 and NEON have 32, and inputs need some."""
 
+TABLE_TOKENS = 512
+"""Tables are made for a multiple of so many: then their width seldom changes from one step to the next."""
 PART_FIELDS = 5
 """Of a part: row, first key, key behind the last, its index in the row, parts of the row."""
 _HIDDEN = -1e30
@@ -74,7 +76,8 @@ def plan_rows(block_tables: Sequence[list[int]], firsts: Sequence[int], stops: S
         edges = [first, *range((first // SEGMENT + 1) * SEGMENT, stop, SEGMENT), stop]
         count = len(edges) - 1
         parts += [(row, edges[index], edges[index + 1], index, count) for index in range(count)]
-    return Rows(torch.tensor(parts), paging.padded_tables(block_tables, max(stops), block_size))
+    longest = -(-max(stops) // TABLE_TOKENS) * TABLE_TOKENS
+    return Rows(torch.tensor(parts), paging.padded_tables(block_tables, longest, block_size))
 
 
 class DecodeAttention:
@@ -141,9 +144,13 @@ class DecodeAttention:
             keys_KSD.shape[1],
             out_RHE.data_ptr(),
             0 if sinks_H is None else sinks_H.data_ptr(),
-            self._partial.data_ptr(),
-            self._done.data_ptr(),
+            *self.memory,
         )
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Addresses of what it has reserved: among the arguments, and not for ever."""
+        return self._partial.data_ptr(), self._done.data_ptr()
 
     def _reserve(self, num_parts: int, num_rows: int) -> None:
         partial = num_parts * self.shape.query_heads * (self.shape.value_dim + 2)

@@ -9,7 +9,7 @@ Shape legend: T tokens, H query heads, K key/value heads, D key width, E value w
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -92,6 +92,19 @@ def launches(
     the handler only knows of calls."""
     launching = getattr(_handler, "launches", None)
     return None if launching is None else launching(module, query_HTD, key_KTD, value_KTE, out_THE, arguments)
+
+
+def launch_key() -> Hashable | None:
+    """Equal in two steps: `launches` returns for every module what it returned then, if given the same memory. None:
+    ask it again."""
+    key = getattr(_handler, "launch_key", None)
+    return None if key is None else key()
+
+
+def launched_again(num_calls: int) -> None:
+    """Of so many modules the launches of an earlier step are run, whose key is equal."""
+    assert _handler is not None
+    _handler.launched_again(num_calls)  # type: ignore[attr-defined]
 
 
 def recorded_mask(

@@ -7,7 +7,7 @@ D key width, E value width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -89,9 +89,19 @@ class PagedStep:
             **_options(arguments, query_HTD),
         )
         if launches is not None:
-            self.calls += 1
-            runner.on_progress()
+            self.launched_again(1)
         return launches
+
+    def launch_key(self) -> Hashable | None:
+        runner = self.runner
+        if runner.launching is None or runner.temperatures:
+            return None
+        key = runner.launching.launch_key(self.plan)
+        return None if key is None else (runner.num_caches, key)
+
+    def launched_again(self, num_calls: int) -> None:
+        self.calls += num_calls
+        self.runner.on_progress()
 
 
 def _options(arguments: dict[str, Any], query_HTD: Tensor) -> dict[str, Any]:
@@ -132,6 +142,8 @@ class TransformersRunner:
         self.kv_dtype = info.dtype
         self.pads_steps = info.device.type == "cpu"
         self.cache: KVCache | None = None
+        self.num_caches = 0
+        """So far: which of them a launch reads."""
         self._page_touch: PageTouch | None = None
         self.on_progress: Callable[[], None] = lambda: None
         """Called by every layer of a step: a long prefill is no hang."""
@@ -144,6 +156,7 @@ class TransformersRunner:
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
         self.release_kv_cache()  # before the new one is made
+        self.num_caches += 1
         self.cache = KVCache(
             self.layers,
             num_blocks=num_blocks,

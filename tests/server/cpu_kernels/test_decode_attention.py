@@ -299,9 +299,11 @@ def test_rows_are_cut_at_multiples_of_the_segment(
     assert rows.parts_U5.tolist() == [[0, 0, 1, 0, 1], *expected]
 
 
-def test_tables_are_as_wide_as_the_longest_row() -> None:
-    rows = plan_rows([[5, 6, 7, 8], [9], [2, 3, 0]], [0, 0, 0], [17, 16, 33], 16)
-    assert rows.tables_RB.tolist() == [[5, 6, 7], [9, 0, 0], [2, 3, 0]]
+@pytest.mark.parametrize(("longest", "width"), [(33, 32), (512, 32), (513, 64)])
+def test_tables_keep_their_width_while_rows_grow(longest: int, width: int) -> None:
+    tables = [[5, 6, 7, 8], [9], [2, 3, 0]]
+    rows = plan_rows(tables, [0, 0, 0], [17, 16, longest], 16)
+    assert rows.tables_RB.tolist() == [table + [0] * (width - len(table)) for table in tables]
 
 
 @pytest.mark.parametrize(

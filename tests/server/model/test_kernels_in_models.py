@@ -15,9 +15,12 @@ import torch
 from kernels_here import needs_kernels
 from text_generation_server.attention.llvm_paged import LlvmPaged
 from text_generation_server.config import Dtype, ShardConfig
+from text_generation_server.cpu_kernels.compiler import Launch
 from text_generation_server.model.loader import load_model
 from text_generation_server.model.swaps import layers, mlp, norms
 from text_generation_server.model.swaps.attention import FusedAttention
+from text_generation_server.model.swaps.layer_kernels import Step
+from text_generation_server.model.swaps.layer_stack import LayerStack
 from text_generation_server.model.swaps.linears import KernelLinear, PackedLinear, can_pack
 from text_generation_server.model.transformers_runner import TransformersRunner
 from torch import nn
@@ -123,6 +126,48 @@ def test_a_layer_is_one_launch(
     runner.launching = None
     assert paged_driver.greedy(runner, prompts, **options) == at_once  # type: ignore[arg-type]
     assert calls["attend"] > 0
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        pytest.param("llama", {}, id="plain"),
+        pytest.param("mistral", {"sliding_window": 20}, id="windows"),
+    ],
+)
+def test_the_layers_of_a_short_step_are_one_launch(
+    model_type: str, changes: dict[str, Any], tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its arguments are made anew when rows come, end or grow into another part; the tokens are those of single layers,
+    to the bit."""
+    options = {"initializer_range": 0.05, "max_position_embeddings": 2048, **WIDE_HEADS, **changes}
+    runner = load(tiny_model(model_type, **options), Dtype.BFLOAT16)
+    stacks = {layer.kernels.stack for layer in modules(runner, layers.FusedLayer)}
+    assert len(stacks) == 1
+    filled: list[int] = []
+    run: list[bool] = []
+    fill, run_one = LayerStack._fill, LayerStack._run
+
+    def filling(stack: LayerStack, launches: list[Launch]) -> None:
+        filled.append(len(launches))
+        fill(stack, launches)
+
+    def running(stack: LayerStack, step: Step) -> bool:
+        run.append(run_one(stack, step))
+        return run[-1]
+
+    monkeypatch.setattr(LayerStack, "_fill", filling)
+    monkeypatch.setattr(LayerStack, "_run", running)
+    prompts = paged_driver.random_prompts(4, lengths=(500, 7, 1020))
+    driving = {"max_new_tokens": 24, "eos_ids": [tiny_models.EOS_ID], "arrive_within": 6, "chunk_tokens": 512}
+    at_once = paged_driver.greedy(runner, prompts, **driving)  # type: ignore[arg-type]
+    assert 1 < len(filled) < sum(run) < len(run)
+    for layer in modules(runner, layers.FusedLayer):
+        layer.kernels.stack = None
+    count = len(run)
+    assert paged_driver.greedy(runner, prompts, **driving) == at_once  # type: ignore[arg-type]
+    assert len(run) == count
 
 
 @needs_kernels

@@ -9,7 +9,9 @@ Shape legend: T tokens, C width of the hidden states, H query heads, K key/value
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +25,9 @@ from text_generation_server.model.swaps.attention import FusedAttention
 from text_generation_server.model.swaps.linears import KernelLinear, has_kernel, plain_weights
 from text_generation_server.model.swaps.mlp import GatedMLP, PackedMLP
 from text_generation_server.model.swaps.norms import FastRMSNorm
+
+if TYPE_CHECKING:
+    from text_generation_server.model.swaps.layer_stack import LayerStack
 
 
 class LayerKernels:
@@ -39,7 +44,7 @@ class LayerKernels:
     ) -> None:
         self._first_weight, self._second_weight = (_kernel_weight(norm) for norm in norms)
         self._attention, self._qkv, self._out, self._gated, self._down = attention, qkv, out, gated, down
-        self._shape = _Shape(
+        self.shape = _Shape(
             width=norms[0].shape[0],
             query_heads=attention.query_heads,
             kv_heads=attention.kv_heads,
@@ -61,6 +66,8 @@ class LayerKernels:
         self._before_kernels = first_norm, qkv.kernel, rotate
         self._after_kernels = out.kernel, second_norm, gated.kernel, down.kernel
         self._before, self._after = Sequence(*self._before_kernels), Sequence(*self._after_kernels)
+        self.stack: LayerStack | None = None
+        """The layers that it is launched with, where it may be."""
         self._singles: dict[tuple[Kernel, ...], _Single] = {}
         """By the kernels of attention: those of decode rows, of prompts, or of both."""
 
@@ -85,12 +92,18 @@ class LayerKernels:
         attention.qkv, attention.out, mlp.down = qkv, out, down
         return cls((first, second), attention, qkv.product, out.sum, mlp.gated, down.sum)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether attention is kernels alone wherever all of its tokens are decode rows."""
+        return self._attention.arguments["s_aux"] is None
+
     def __call__(self, hidden_1TC: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-        step = _step_of(hidden_1TC, position_embeddings, self._shape)
-        heads = step.query_HTD, step.key_KTD, step.value_KTD
-        launches = bridge.launches(self._attention, *heads, step.attended_THD, self._attention.arguments)
-        if launches is not None:
-            self._run_at_once(step, launches)
+        step = _step_of(hidden_1TC, position_embeddings, self.shape)
+        if self.stack is not None and self.stack.computes(self, step):
+            return step.hidden_1TC
+        attention = self._attention_launches(step)
+        if attention is not None:
+            self._run_at_once(step, attention)
             return step.hidden_1TC
         if self._addresses != step.addresses:  # decode steps of one size mostly find the same memory again
             self._addresses = step.addresses
@@ -98,28 +111,41 @@ class LayerKernels:
             self._before.fill(*before)
             self._after.fill(*after)
         self._before.run()
-        attended = bridge.attend(self._attention, *heads, self._attention.arguments).contiguous()
+        attended = bridge.attend(self._attention, *step.heads, self._attention.arguments).contiguous()
         self._after.set(0, attended.data_ptr())
         self._after.run()
         return step.hidden_1TC
 
-    def _run_at_once(self, step: _Step, launches: tuple[Launch, ...]) -> None:
-        kernels = tuple(kernel for kernel, _ in launches)
+    def launches(self, step: Step) -> list[Launch]:
+        """All of the layer's, of a step whose attention is kernels alone."""
+        attention = self._attention_launches(step)
+        assert attention is not None
+        before, after = self._arguments(step)
+        return [
+            *zip(self._before_kernels, before, strict=True),
+            *attention,
+            *zip(self._after_kernels, after, strict=True),
+        ]
+
+    def _attention_launches(self, step: Step) -> tuple[Launch, ...] | None:
+        return bridge.launches(self._attention, *step.heads, step.attended_THD, self._attention.arguments)
+
+    def _run_at_once(self, step: Step, attention: tuple[Launch, ...]) -> None:
+        kernels = tuple(kernel for kernel, _ in attention)
         single = self._singles.get(kernels)
         if single is None:
             single = _Single(Sequence(*self._before_kernels, *kernels, *self._after_kernels))
             self._singles[kernels] = single
-        arguments = [arguments for _, arguments in launches]
         if single.addresses != step.addresses:
             single.addresses = step.addresses
             before, after = self._arguments(step)
-            single.sequence.fill(*before, *arguments, *after)
+            single.sequence.fill(*before, *(arguments for _, arguments in attention), *after)
         else:
-            for place, values in enumerate(arguments, len(self._before_kernels)):
-                single.sequence.set(place, *values)
+            for place, (_, arguments) in enumerate(attention, len(self._before_kernels)):
+                single.sequence.set(place, *arguments)
         single.sequence.run()
 
-    def _arguments(self, step: _Step) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    def _arguments(self, step: Step) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
         """Of the kernels before attention, and of those after it."""
         num_tokens, x, normed, heads, attended, inner, cos, sin = step.addresses
         norm = self._attention.kernel_norm_weight
@@ -163,7 +189,7 @@ class _Shape:
     dtype: torch.dtype
 
 
-class _Step:
+class Step:
     """What kernels read and write besides weights: the same memory for all layers of a step, and for most steps. New
     memory would cost a page fault for each 4 KB."""
 
@@ -171,7 +197,9 @@ class _Step:
         self, hidden_1TC: Tensor, position_embeddings: tuple[Tensor, Tensor], shape: _Shape, memory: Tensor
     ) -> None:
         self.given = position_embeddings[0], shape
-        num_tokens = hidden_1TC.shape[1]
+        self.computed: Iterator[LayerKernels] | None = None
+        """Layers that a stack has computed, and that are still to be called."""
+        self.num_tokens = num_tokens = hidden_1TC.shape[1]
         heads = [shape.query_heads, shape.kv_heads, shape.kv_heads]
         widths = [
             shape.width,
@@ -198,16 +226,17 @@ class _Step:
             own.copy_(given[0])
         heads_HTD = heads_TN.view(num_tokens, sum(heads), shape.head_dim).transpose(0, 1)
         self.attended_THD = attended_TN.view(num_tokens, shape.query_heads, shape.head_dim)
-        self.query_HTD, self.key_KTD, self.value_KTD = torch.split(heads_HTD, heads)
+        query_HTD, key_KTD, value_KTD = torch.split(heads_HTD, heads)
+        self.heads = query_HTD, key_KTD, value_KTD
 
 
 ALIGNED = 64
 """Numbers: parts begin where lines of the cache do."""
 
-_last: _Step | None = None
+_last: Step | None = None
 
 
-def _step_of(hidden_1TC: Tensor, position_embeddings: tuple[Tensor, Tensor], shape: _Shape) -> _Step:
+def _step_of(hidden_1TC: Tensor, position_embeddings: tuple[Tensor, Tensor], shape: _Shape) -> Step:
     """The step that a layer is called in: the model hands all layers the same angles, and each the result of the one
     before, which is the same tensor. They are held, so that no other can be taken for them."""
     global _last
@@ -216,5 +245,5 @@ def _step_of(hidden_1TC: Tensor, position_embeddings: tuple[Tensor, Tensor], sha
         if _last.hidden_1TC is hidden_1TC and cos is position_embeddings[0] and known_shape == shape:
             return _last
     memory = torch.empty(0) if _last is None else _last.memory
-    _last = _Step(hidden_1TC, position_embeddings, shape, memory)
+    _last = Step(hidden_1TC, position_embeddings, shape, memory)
     return _last

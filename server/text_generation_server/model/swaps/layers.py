@@ -44,7 +44,7 @@ class FusedLayer(nn.Module):
         self.has_gpu_kernels = False
 
     def compute_with_kernels(self) -> bool:
-        """Everything but attention in two launches, where all parts have kernels; returns whether."""
+        """In one launch or two, where all parts have kernels; returns whether."""
         self.kernels = LayerKernels.of(self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp)
         return self.kernels is not None
 

@@ -20,6 +20,7 @@ from text_generation_server.errors import first_line
 from text_generation_server.model import bridge
 from text_generation_server.model.bridge import Unservable
 from text_generation_server.model.swaps import attention, layers, linears, mlp, norms, projections
+from text_generation_server.model.swaps.layer_stack import Order
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ REPLACEMENTS: dict[str, Callable[[nn.Module], nn.Module | None]] = {
 }
 """Checked against recorded calls of the modules as they were before the first swap."""
 
-NAMES = (*REPLACEMENTS, "projections", "kernels", "linears")
+NAMES = (*REPLACEMENTS, "projections", "kernels", "stacks", "linears")
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest distance of outputs relative to their norm: a few roundings of the number format. In a short one that is more
@@ -87,8 +88,10 @@ def apply(
     unknown = left_out - set(NAMES)
     assert not unknown, f"no such swap: {unknown}"
     counts = dict.fromkeys(NAMES, 0)
+    lists = [(list(module), module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    order = Order()
     with torch.inference_mode():
-        calls = _record(model, [module for module in model.modules() if _might_replace(module)], run)
+        calls = _record(model, [module for module in model.modules() if _might_replace(module)], run, order)
         for name, replace in REPLACEMENTS.items():
             if name not in left_out:
                 counts[name] = _replace_checked(model, replace, calls, TOLERANCE[dtype])
@@ -102,6 +105,8 @@ def apply(
             # Parts first: a whole layer has kernels only if all its parts have.
             swapped = [module for module in reversed(list(model.modules())) if isinstance(module, HasKernels)]
             counts["kernels"] = sum(module.compute_with_kernels() for module in swapped)
+        if "stacks" not in left_out:
+            counts["stacks"] = order.stack((recorded, list(module)) for recorded, module in lists)
         if "linears" not in left_out:
             # Only layers that are called: of others the model reads the weight itself.
             called = _record(model, [module for module in model.modules() if linears.plain_weights(module)], run)
@@ -210,11 +215,16 @@ def _might_replace(module: nn.Module) -> bool:
     )
 
 
-def _record(model: nn.Module, modules: list[nn.Module], run: Callable[[], object]) -> dict[nn.Module, Call]:
+def _record(
+    model: nn.Module, modules: list[nn.Module], run: Callable[[], object], order: Order | None = None
+) -> dict[nn.Module, Call]:
+    """``order`` is told of layers."""
     calls: dict[nn.Module, Call] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         calls[module] = Call(args, kwargs, output)
+        if order is not None and hasattr(module, "self_attn"):
+            order.note(module, args, kwargs, output)
 
     hooks = [module.register_forward_hook(note, with_kwargs=True) for module in modules]
     try:
