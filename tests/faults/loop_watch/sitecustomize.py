@@ -2,8 +2,9 @@
 
 Fifty times a second the thread asks the loop to call it back, and measures how much processor time the loop's thread
 uses until it does: all callbacks in between, so no single one has taken more. Time that the thread waited for a
-processor does not count. The largest is written to the file that ``LOOP_WATCH`` names, and once a second the number of
-tasks to that of ``LOOP_TASKS``.
+processor does not count. The largest is written to the file that ``LOOP_WATCH`` names, from when there is one on: the
+start imports and compiles, and nobody is served yet. Once a second the number of tasks is written to that of
+``LOOP_TASKS``.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ EVERY_S = 0.02
 def watch(loop: asyncio.AbstractEventLoop, file: Path) -> None:
     clock = time.pthread_getcpuclockid(threading.main_thread().ident or 0)
     longest = 0.0
-    began = time.monotonic()
     tasks = Path(os.environ["LOOP_TASKS"]) if "LOOP_TASKS" in os.environ else None
-    told_at = began
+    told_at = time.monotonic()
     while not loop.is_closed():
         time.sleep(EVERY_S)
         if tasks is not None and time.monotonic() - told_at > 1:
@@ -45,8 +45,7 @@ def watch(loop: asyncio.AbstractEventLoop, file: Path) -> None:
             return
         if not called.wait(60):
             continue
-        # The start imports and compiles; nobody is served yet.
-        if time.monotonic() - began > float(os.environ.get("LOOP_WATCH_AFTER_S", "0")) and used[0] - before > longest:
+        if used[0] - before > longest and file.exists():
             longest = used[0] - before
             file.write_text(f"{longest:.6f}")
 
