@@ -62,9 +62,10 @@ def test_layers_with_angles_of_their_own() -> None:
     assert not order.follows(second, first)
 
 
-def test_a_layer_that_is_called_twice() -> None:
-    first, second = Layer(), Layer()
+@pytest.mark.parametrize("calls", [[0, 1, 2, 0, 1, 2], [0, 1, 2, 0], [0, 0, 1, 2]])
+def test_a_layer_that_is_called_twice(calls: list[int]) -> None:
+    layers = [Layer(), Layer(), Layer()]
     angles = torch.zeros(2), torch.zeros(2)
-    order = recorded([first, second, first, second], same, angles=lambda: angles)
-    assert not order.follows(second, first)
-    assert not order.follows(first, second)
+    order = recorded([layers[index] for index in calls], same, angles=lambda: angles)
+    assert not order.follows(layers[1], layers[0])
+    assert order.follows(layers[2], layers[1]) == (calls.count(1) == 1)

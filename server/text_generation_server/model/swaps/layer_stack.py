@@ -18,7 +18,7 @@ from text_generation_server.model.swaps.layer_kernels import LayerKernels, Step
 from text_generation_server.model.swaps.layers import FusedLayer
 
 MAX_TOKENS = 64
-"""Of a step that is one launch. Longer ones are signs of progress layer by layer, and take no notice of Python."""
+"""Of a step that is one launch. In longer ones each layer is a sign of progress, and Python a small part of it."""
 
 
 class LayerStack:
@@ -70,23 +70,25 @@ class Order:
         self._last: tuple[nn.Module, Tensor, Tensor, Any] | None = None
         """The last layer, its output, what that was then, and its angles."""
         self._before: dict[nn.Module, nn.Module | None] = {}
+        self._called_again: set[nn.Module] = set()
 
     def note(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A call has returned."""
         hidden = args[0] if args else kwargs.get("hidden_states")
         angles = kwargs.get("position_embeddings")
         output = output[0] if isinstance(output, tuple) else output
-        is_called_again = layer in self._before
+        if layer in self._before:
+            self._called_again.add(layer)
         self._before[layer] = None
-        if self._last is not None and not is_called_again:
+        if self._last is not None:
             before, returned, copy, its_angles = self._last
             if hidden is returned and torch.equal(hidden, copy) and angles is its_angles:
                 self._before[layer] = before
         self._last = (layer, output, output.clone(), angles) if isinstance(output, Tensor) else None
 
     def follows(self, layer: nn.Module, before: nn.Module) -> bool:
-        """Whether a layer was called once, and then got just what one before it had returned."""
-        return self._before.get(layer) is before
+        """Whether both were called once, and the layer got just what the one before it had returned."""
+        return self._before.get(layer) is before and self._called_again.isdisjoint((layer, before))
 
     def stack(self, lists: Iterable[tuple[list[nn.Module], list[nn.Module]]]) -> int:
         """Stack what may be; returns how many stacks. ``lists``: of layers as they were recorded, and what is in their
