@@ -89,7 +89,7 @@ def apply(
     assert not unknown, f"no such swap: {unknown}"
     counts = dict.fromkeys(NAMES, 0)
     lists = [(list(module), module) for module in model.modules() if isinstance(module, nn.ModuleList)]
-    order = Order()
+    order = None if on_gpu or left_out & {"kernels", "stacks"} else Order()
     with torch.inference_mode():
         calls = _record(model, [module for module in model.modules() if _might_replace(module)], run, order)
         for name, replace in REPLACEMENTS.items():
@@ -105,7 +105,7 @@ def apply(
             # Parts first: a whole layer has kernels only if all its parts have.
             swapped = [module for module in reversed(list(model.modules())) if isinstance(module, HasKernels)]
             counts["kernels"] = sum(module.compute_with_kernels() for module in swapped)
-        if "stacks" not in left_out:
+        if order is not None:
             counts["stacks"] = order.stack((recorded, list(module)) for recorded, module in lists)
         if "linears" not in left_out:
             # Only layers that are called: of others the model reads the weight itself.
