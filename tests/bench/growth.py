@@ -28,6 +28,7 @@ import torch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.ticker import LogFormatter
 from text_generation_launcher.plan import tunables
 from text_generation_proto.v1 import generate_pb2 as pb
 from text_generation_proto.v1.generate_pb2_grpc import TextGenerationStub
@@ -39,8 +40,7 @@ from bench.load import numbers
 from bench.servers import end_cleanly_on_sigterm, package_version
 
 NAME = "benchmark-growth"
-FILL_BLOCKS = 16
-"""Of one sequence when the cache is filled: short ones, because attention grows with the square."""
+PAGE_BYTES = 4096
 GREEDY = pb.SamplingParameters(temperature=1, top_p=1, typical_p=1, repetition_penalty=1)
 START_WITHIN_S = 300
 STEP_WITHIN_S = 600
@@ -86,6 +86,11 @@ class ModelSize:
         return 2 * (self.layer_weights + self.head_weights)
 
     @property
+    def slots_per_page(self) -> int:
+        """Tokens of one head's keys, in bfloat16, that share a page of memory."""
+        return max(1, PAGE_BYTES // (2 * self.head_dim))
+
+    @property
     def kv_bytes_per_token(self) -> int:
         return 2 * 2 * self.layers * self.kv_heads * self.head_dim
 
@@ -124,6 +129,7 @@ class Shard:
         self._info = self._stub.Info(pb.InfoRequest(), timeout=START_WITHIN_S, wait_for_ready=True)
         self.block_size = self._info.block_size
         self._blocks_each = -(-context // self.block_size)
+        self._batch = batch
         self._num_blocks = batch * self._blocks_each
         limits = pb.WarmupRequest(
             max_batch_prefill_tokens=context,
@@ -138,16 +144,14 @@ class Shard:
         """Blocks for sequences of the largest context, each in its own part of the cache."""
         return [range(1 + row * self._blocks_each, 1 + (row + 1) * self._blocks_each) for row in range(batch)]
 
-    def fill_cache(self) -> None:
-        """Write every block once: memory never written is one page of zeros for all, and reading that costs nothing."""
+    def fill_cache(self, slots_per_page: int) -> None:
+        """Write every page once: memory never written is one page of zeros for all, and reading that costs nothing."""
+        every = min(slots_per_page, self.block_size)
         blocks = range(1, self._num_blocks + 1)
-        pieces = [blocks[i : i + FILL_BLOCKS] for i in range(0, len(blocks), FILL_BLOCKS)]
-        at_once = max(1, self._blocks_each // FILL_BLOCKS)
-        for first in range(0, len(pieces), at_once):
-            # The last piece may be shorter: it goes alone.
-            for _, group in itertools.groupby(pieces[first : first + at_once], key=len):
-                tables = list(group)
-                self.drop(self.start(tables, len(tables[0]) * self.block_size, num_cached=0)[0])
+        for first in range(0, len(blocks), self._batch):
+            tables = [range(block, block + 1) for block in blocks[first : first + self._batch]]
+            for num_tokens in range(every, self.block_size + 1, every):
+                self.drop(self.start(tables, num_tokens, num_cached=num_tokens - 1)[0])
 
     def start(self, tables: list[range], num_tokens: int, num_cached: int) -> tuple[list[int], Timing]:
         """A sequence of `num_tokens` for each table, of which the first `num_cached` are taken as computed."""
@@ -336,6 +340,7 @@ def plot(run: dict[str, Any], path: Path) -> None:
         panel.set_xticks(ticks, [f"{int(tick):,}" for tick in ticks])
         panel.xaxis.minorticks_off()
         panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))  # as numbers, where there is room
         panel.grid(alpha=0.3, which="both")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -361,7 +366,7 @@ def main() -> None:
     bandwidth = read_bandwidth()
     with shard_process(model) as url:
         shard = Shard(url, max(batches), room)
-        shard.fill_cache()
+        shard.fill_cache(size.slots_per_page)
         decodes = measure_decodes(shard, batches, arguments.contexts, arguments.rounds, arguments.steps)
         prefills = measure_prefills(shard, arguments.lengths, arguments.rounds)
     run = {

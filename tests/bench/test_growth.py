@@ -65,7 +65,7 @@ def test_the_fit_finds_what_the_times_were_made_of() -> None:
 def test_a_shard_is_stepped_and_reported(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     with shard_process(tiny_model("llama")) as url:
         shard = Shard(url, batch=2, context=48)
-        shard.fill_cache()
+        shard.fill_cache(SIZE.slots_per_page)
         decodes = measure_decodes(shard, [1, 2], [16, 32], rounds=2, steps=2)
         prefills = measure_prefills(shard, [8, 16, 32], rounds=2)
     assert [(one.batch, one.tokens, one.steps) for one in decodes] == [(1, 16, 4), (2, 16, 4), (1, 32, 4), (2, 32, 4)]

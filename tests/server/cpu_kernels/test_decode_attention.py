@@ -225,6 +225,18 @@ def test_what_a_row_does_not_see_does_not_matter(
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_number_of_registers_changes_no_result(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for count in (1, 4, 16):
+        monkeypatch.setattr(decode_attention, "sums_at_once", lambda count=count: count)
+        kernel.cache_clear()
+        results.append(Step(shape, MIXED).attend())
+    kernel.cache_clear()
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
 # -- rows are independent --------------------------------------------------------------------------------------------
 
 
