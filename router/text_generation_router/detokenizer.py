@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from tokenizers import Tokenizer
@@ -30,12 +31,26 @@ class Detokenizer:
         self.special_ids = special_ids
         # A token by itself, for lists of likely tokens: few distinct ids make up most of them.
         self.text_of = lru_cache(maxsize=16_384)(self._text_of)
+        self._whole_text_of = lru_cache(maxsize=65_536)(self._whole_text) if _is_byte_level(tokenizer) else _no_text
+
+    def _whole_text(self, token_id: int) -> str:
+        text = self._text_of(token_id)
+        return "" if _REPLACEMENT in text else text
 
     def _text_of(self, token_id: int) -> str:
         return str(self.tokenizer.decode([token_id], skip_special_tokens=False))
 
     def start(self, prompt_ids: Sequence[int]) -> SequenceDetokenizer:
-        return SequenceDetokenizer(self.tokenizer, prompt_ids[-_CONTEXT_IDS:])
+        return SequenceDetokenizer(self.tokenizer, prompt_ids[-_CONTEXT_IDS:], self._whole_text_of)
+
+
+def _is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Whether the text of tokens is that of their bytes, one behind the other, and nothing is done to it."""
+    return tokenizer.decoder is not None and json.loads(tokenizer.decoder.__getstate__())["type"] == "ByteLevel"
+
+
+def _no_text(token_id: int) -> str:
+    return ""
 
 
 class SequenceDetokenizer:
@@ -45,21 +60,35 @@ class SequenceDetokenizer:
     concatenate to the text of all ids. An answer that ends within a character leaves the rest out.
     """
 
-    __slots__ = ("_held_ids", "_num_unshown", "_recent_ids", "_shown", "_stream", "_tokenizer")
+    __slots__ = ("_held_ids", "_num_unshown", "_recent_ids", "_shown", "_stream", "_tokenizer", "_whole_text_of")
 
-    def __init__(self, tokenizer: Tokenizer, context_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, context_ids: Sequence[int], whole_text_of: Callable[[int], str] = _no_text
+    ) -> None:
+        """``whole_text_of``: of a token whose text is the same whatever it follows, else ""."""
         self._tokenizer = tokenizer
+        self._whole_text_of = whole_text_of
         # The last ids whose text is out, all but some last characters of it that look incomplete.
         self._recent_ids = list(context_ids)
         self._held_ids: list[int] = []
-        self._stream: DecodeStream
+        self._stream: DecodeStream | None
+        """None behind text that no later token can change."""
         self._num_unshown: int
         self._shown: str
         self._restart(num_unshown=0)
 
     def step(self, token_id: int) -> str:
         """The text that ``token_id`` completes."""
+        piece: str | None
+        if not (self._held_ids or self._num_unshown or self._shown) and (piece := self._whole_text_of(token_id)):
+            # A lookup, in a tenth of the time: the stream decodes what it has twice for every token.
+            self._recent_ids.append(token_id)
+            self._forget()
+            self._stream = None
+            return piece
         self._held_ids.append(token_id)
+        if self._stream is None:
+            self._stream = DecodeStream(ids=[], skip_special_tokens=False)
         try:
             piece = self._stream.step(self._tokenizer, token_id)
         except Exception:
@@ -101,6 +130,9 @@ class SequenceDetokenizer:
     def _take_held(self) -> None:
         self._recent_ids += self._held_ids
         self._held_ids.clear()
+        self._forget()
+
+    def _forget(self) -> None:
         if len(self._recent_ids) > _MOST_RECENT_IDS:  # not for every token
             del self._recent_ids[:-_CONTEXT_IDS]
 

@@ -4,7 +4,7 @@ import pytest
 from builders import byte_tokenizer
 from hypothesis import example, given
 from hypothesis import strategies as st
-from text_generation_router.detokenizer import Detokenizer
+from text_generation_router.detokenizer import Detokenizer, SequenceDetokenizer
 from tokenizers import Tokenizer, decoders, models
 
 BYTES = byte_tokenizer()
@@ -75,6 +75,27 @@ def test_a_character_that_is_completed_after_a_long_wait_comes_whole() -> None:
 def test_a_character_begun_by_the_prompt_is_finished_without_repeating_the_prompt() -> None:
     euro = BYTES.encode("€").ids
     assert pieces(BYTES, [*BYTES.encode("ab").ids, euro[0]], [*euro[1:], BYTES.encode("!").ids[0]]) == ["", "€", "!"]
+
+
+def test_a_decoder_that_changes_text_is_asked_about_all_of_it() -> None:
+    """What a strip does depends on the place."""
+    stripping = byte_tokenizer()
+    stripping.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip("a", 1, 0)])
+    a, b = (BYTE_IDS[ord(letter)] for letter in "ab")
+    assert "".join(pieces(stripping, [], [a, a, b, a])) == "aba"
+
+
+@given(st.lists(st.sampled_from([*"ab é€", "<s>", "\ufffd"]), max_size=20), st.integers(0, 3))
+def test_lookups_and_the_stream_say_the_same(words: list[str], cut: int) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<s>"])
+    ids = [token_id for word in words for token_id in tokenizer.encode(word).ids]
+    prompt, ids = ids[:cut], ids[cut:]
+    shared = Detokenizer(tokenizer, frozenset())
+    by_stream = SequenceDetokenizer(tokenizer, prompt)
+    looked_up = shared.start(prompt)
+    assert [looked_up.step(token_id) for token_id in ids] == [by_stream.step(token_id) for token_id in ids]
+    assert looked_up.rest() == by_stream.rest()
 
 
 def test_a_token_by_itself() -> None:

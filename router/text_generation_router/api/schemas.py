@@ -93,7 +93,7 @@ class StreamDetails(msgspec.Struct):
     input_length: int
 
 
-class StreamResponse(msgspec.Struct):
+class StreamResponse(msgspec.Struct, gc=False):
     """One event of a stream; text and details are null on all but the last."""
 
     index: int
