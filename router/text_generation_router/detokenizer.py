@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from tokenizers.decoders import ByteLevel, DecodeStream
 
 _CONTEXT_IDS = 6
 """Last prompt ids that seed a sequence: a decoder that strips a leading space must see that the text goes on."""
@@ -31,7 +30,9 @@ class Detokenizer:
         self.special_ids = special_ids
         # A token by itself, for lists of likely tokens: few distinct ids make up most of them.
         self.text_of = lru_cache(maxsize=16_384)(self._text_of)
-        self._whole_text_of = lru_cache(maxsize=65_536)(self._whole_text) if _is_byte_level(tokenizer) else _no_text
+        # Only there is the text of tokens that of their bytes, one behind the other, and nothing is done to it.
+        is_byte_level = isinstance(tokenizer.decoder, ByteLevel)
+        self._whole_text_of = lru_cache(maxsize=65_536)(self._whole_text) if is_byte_level else _no_text
 
     def _whole_text(self, token_id: int) -> str:
         text = self._text_of(token_id)
@@ -42,11 +43,6 @@ class Detokenizer:
 
     def start(self, prompt_ids: Sequence[int]) -> SequenceDetokenizer:
         return SequenceDetokenizer(self.tokenizer, prompt_ids[-_CONTEXT_IDS:], self._whole_text_of)
-
-
-def _is_byte_level(tokenizer: Tokenizer) -> bool:
-    """Whether the text of tokens is that of their bytes, one behind the other, and nothing is done to it."""
-    return tokenizer.decoder is not None and json.loads(tokenizer.decoder.__getstate__())["type"] == "ByteLevel"
 
 
 def _no_text(token_id: int) -> str:

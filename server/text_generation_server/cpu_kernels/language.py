@@ -497,7 +497,7 @@ class Code:
         """The number in its first lane."""
         return Value(self, self.builder.extract_element(vector.ir, ir.Constant(_I32, 0)))
 
-    def keep_place(self) -> None:
+    def compiler_barrier(self) -> None:
         """No reading, writing or prefetching is moved across: LLVM would put all that a block asks for at its begin."""
         self.builder.fence("seq_cst", "singlethread")  # no instruction comes of it
 
