@@ -64,11 +64,15 @@ def run_shard(config: ShardConfig, source: ModelSource, env: Mapping[str, str], 
     with timed(seconds, "join"):
         group = compute.submit(join, config).result()
     with timed(seconds, "plan"):
-        if compute.submit(is_encoder, config, source.folder).result():
-            return _run_encoder(config, source, compute, group, seconds)
-    with contextlib.ExitStack() as stack:
-        with timed(seconds, "plan"):
+        embeds = compute.submit(is_encoder, config, source.folder).result()
+        if not embeds:
             found = compute.submit(_require_room, config, source.folder, group).result()
+    # All is imported. What loading a model leaves behind is as large as the model, and has to go.
+    gc.freeze()
+    gc.enable()
+    if embeds:
+        return _run_encoder(config, source, compute, group, seconds)
+    with contextlib.ExitStack() as stack:
         with timed(seconds, "load"):
             tokenizer = stack.enter_context(tokenizer_folder(source.folder, trust_remote_code=config.trust_remote_code))
             runner = compute.submit(load_model, config, source.folder, group, _progress_reporter()).result()
