@@ -146,6 +146,19 @@ async def test_errors_have_anthropics_form(body: dict[str, Any], status: int, ki
         assert (answer["type"], answer["error"]["type"]) == ("error", kind)
 
 
+@pytest.mark.parametrize(
+    ("num_results", "said"),
+    [
+        (1025, "`messages` may be 1024 at most. Given: 1025"),
+        (4097, "`messages` may have 4096 blocks of content at most. Given: 4097"),
+    ],
+)
+async def test_results_of_tools_are_messages_and_no_more_of_them_are_read(num_results: int, said: str) -> None:
+    results = [{"type": "tool_result", "tool_use_id": "c1", "content": "sunny"}] * num_results
+    answer = await ask({"messages": [{"role": "user", "content": results}]}, 422)
+    assert answer["error"]["message"] == f"Input validation error: {said}"
+
+
 async def test_a_failure_within_a_stream_is_an_event() -> None:
     def script(queued: QueuedRequest) -> None:
         scripted.say(queued, "Hel", end=False)

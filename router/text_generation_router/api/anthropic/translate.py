@@ -15,9 +15,12 @@ from text_generation_router.api.anthropic.schemas import (
     Turn,
 )
 from text_generation_router.api.openai.schemas import ChatBody
-from text_generation_router.chat.messages import FunctionCall, MessageBody, ToolCall, check_number
+from text_generation_router.chat.messages import MAX_MESSAGES, FunctionCall, MessageBody, ToolCall, check_number
 from text_generation_router.chat.tools import FunctionBody, NamedFunction, NamedTool, ToolBody
 from text_generation_router.errors import ValidationError
+
+MAX_BLOCKS = 4 * MAX_MESSAGES
+"""Of all messages: a result of a tool becomes a message, others become parts of one."""
 
 
 def chat_of(body: MessagesBody) -> ChatBody:
@@ -65,6 +68,9 @@ def _messages(body: MessagesBody) -> Iterable[MessageBody]:
         text = body.system if isinstance(body.system, str) else "\n".join(block.text for block in body.system)
         yield MessageBody("system", text)
     check_number(len(body.messages))
+    num_blocks = sum(len(turn.content) for turn in body.messages if not isinstance(turn.content, str))
+    if num_blocks > MAX_BLOCKS:  # before something is done with each of them
+        raise ValidationError(f"`messages` may have {MAX_BLOCKS} blocks of content at most. Given: {num_blocks}")
     for turn in body.messages:
         yield from _turn(turn)
 

@@ -23,7 +23,7 @@ from text_generation_router.api.openai.schemas import (
 )
 from text_generation_router.api.schemas import as_f32
 from text_generation_router.api.sse import frame
-from text_generation_router.errors import BatchTooLarge, ValidationError
+from text_generation_router.errors import ValidationError
 from text_generation_router.generate_request import GenerateRequest
 from text_generation_router.scheduling.requests import Event, PrefillEvent, PrefillToken, TokenEvent
 
@@ -86,9 +86,7 @@ class CompletionRoutes:
         """One for each prompt. Raises: RouterError."""
         self._answers.served.check_model(body.model)
         parameters, more = completion_parameters(body)
-        prompts = prompts_of(body.prompt)
-        if len(prompts) > self._answers.max_client_batch_size:
-            raise BatchTooLarge(self._answers.max_client_batch_size)
+        prompts = prompts_of(body.prompt, self._answers.max_client_batch_size)
         longest = self._answers.inference.limits.max_input_tokens
         for prompt in prompts:
             if isinstance(prompt, tuple) and len(prompt) > longest:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from text_generation_router.api.openai.schemas import ChatBody, CompletionBody, SamplingFields
-from text_generation_router.errors import SuffixUnsupported, ValidationError
+from text_generation_router.errors import BatchTooLarge, SuffixUnsupported, ValidationError
 from text_generation_router.generate_request import GenerateParameters, MoreParameters
 
 MAX_CHOICES = 128
@@ -146,14 +148,16 @@ def _biases(body: SamplingFields) -> tuple[tuple[int, float], ...]:
     return tuple(biases.items())
 
 
-def prompts_of(prompt: str | list[str | int | list[int]]) -> list[str | tuple[int, ...]]:
-    """The prompts of a completion: texts, or ids. Raises: ValidationError."""
+def prompts_of(prompt: str | list[str | int | list[int]], most: int) -> list[str | tuple[int, ...]]:
+    """The prompts of a completion, ``most`` of them: texts, or ids. Raises: ValidationError, BatchTooLarge."""
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
         raise ValidationError("Empty array detected. Do not use an empty array for the prompt.")
+    if not isinstance(prompt[0], int) and len(prompt) > most:
+        raise BatchTooLarge(most)  # before each of them is looked at
     if len({type(each) for each in prompt}) > 1:
         raise ValidationError("`prompt` must be a string, token ids, or an array of one kind of them")
     if isinstance(prompt[0], int):
-        return [tuple(each for each in prompt if isinstance(each, int))]
+        return [tuple(cast(list[int], prompt))]
     return [tuple(each) if isinstance(each, list) else str(each) for each in prompt]
