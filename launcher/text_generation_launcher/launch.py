@@ -81,6 +81,7 @@ def _launch(flags: Flags, environ: Mapping[str, str], warnings: Sequence[str], s
             sink,
             grace_s=flags.graceful_termination_timeout,
             max_shard_restarts=flags.max_shard_restarts,
+            stall_timeout_s=flags.stall_timeout,
             new_master_port=free_port if config.num_shard > 1 and flags.master_port is None else None,
             on_ready=lambda seconds: _announce(config, seconds, sink),
         )

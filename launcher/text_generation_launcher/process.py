@@ -13,6 +13,7 @@ from collections import deque
 from typing import Any, cast
 
 from text_generation_proto.lifeline import LIFELINE_FD
+from text_generation_proto.logs import UNKNOWN
 
 from text_generation_launcher.logs import LogSink, Record, parse_line
 from text_generation_launcher.plan import HubModel, ProcessSpec, Role
@@ -31,6 +32,8 @@ class Loss:
 
     incarnation: int
     reason: str
+    at: float
+    """When it was told, on the clock of ``time.monotonic``."""
 
 
 class Child(asyncio.SubprocessProtocol):
@@ -47,7 +50,8 @@ class Child(asyncio.SubprocessProtocol):
         """Duration of each step of the start, in seconds."""
         self.exited: asyncio.Future[int] = loop.create_future()
         """Exit code, or minus the signal's number; set when the last output has been read."""
-        self.start_time = time.monotonic()
+        self.start_time = self.heard_time = time.monotonic()
+        """When it was started, and when it last said something."""
         self.ready_time = self.exit_time = float("inf")
         self.resolved = HubModel()
         """What a download has said about its model."""
@@ -94,6 +98,7 @@ class Child(asyncio.SubprocessProtocol):
         self._transport = cast(asyncio.SubprocessTransport, transport)
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
+        self.heard_time = time.monotonic()
         *lines, rest = (self._partial.pop(fd, b"") + data).split(b"\n")
         if len(rest) > _LONGEST_LINE:
             lines.append(rest)
@@ -141,6 +146,8 @@ class Child(asyncio.SubprocessProtocol):
     def _on_event(self, record: Record) -> None:
         fields = dict(record.fields)
         event = fields.pop("event")
+        if event == "alive":
+            return
         if event == "progress" and (progress := parse_progress(fields)):
             self._sink.progress(progress, self.spec.span)
             return
@@ -155,7 +162,7 @@ class Child(asyncio.SubprocessProtocol):
                 sha=str(fields.get("sha") or ""), pipeline_tag=str(fields.get("pipeline_tag") or "")
             )
         elif event == "shards_lost":
-            self.losses.put_nowait(Loss(int(fields.pop("incarnation", 0)), record.message))
+            self.losses.put_nowait(Loss(int(fields.pop("incarnation", UNKNOWN)), record.message, time.monotonic()))
         self._sink.emit(dataclasses.replace(record, fields=fields))
 
     # -- its end ------------------------------------------------------------------------------------

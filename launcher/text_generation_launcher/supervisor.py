@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from text_generation_proto.logs import UNKNOWN
+
 from text_generation_launcher.errors import (
     DownloadError,
     LauncherError,
@@ -24,7 +26,7 @@ from text_generation_launcher.errors import (
 )
 from text_generation_launcher.logs import LogSink
 from text_generation_launcher.plan import HubModel, Plan, ProcessSpec
-from text_generation_launcher.process import Child, Seconds
+from text_generation_launcher.process import Child, Loss, Seconds
 
 WAITING_S = 10.0
 """How often a launch that takes long says that it is still waiting."""
@@ -36,6 +38,9 @@ LAST_WORD_S = 2.0
 """For the router after a second signal."""
 RESTART_WINDOW_S = 600.0
 """So many restarts of the shards are allowed within it, and no more."""
+LOADING_SILENCE_S = 30.0
+"""A shard that loads says every few seconds that it lives; one that was started again and says nothing so long hangs.
+The first start has no such limit: libraries may come over a slow network, and who waits for it sees that it waits."""
 STACKS_S = 0.5
 """For shards that hang to write down where, before they are killed."""
 SETTLE_S = 0.3
@@ -62,6 +67,8 @@ class Supervisor:
         *,
         grace_s: float,
         max_shard_restarts: int = 0,
+        stall_timeout_s: float = 60.0,
+        loading_silence_s: float = LOADING_SILENCE_S,
         new_master_port: Callable[[], int] | None = None,
         settle_s: float = SETTLE_S,
         on_ready: Callable[[Seconds], None] = lambda _: None,
@@ -70,6 +77,8 @@ class Supervisor:
         self._sink = sink
         self._grace_s = grace_s
         self._max_shard_restarts = max_shard_restarts
+        self._stall_timeout_s = stall_timeout_s
+        self._loading_silence_s = loading_silence_s
         self._new_master_port = new_master_port
         """Where the ranks meet; None: where they did before, or nowhere."""
         self._restarts: deque[float] = deque()
@@ -186,7 +195,9 @@ class Supervisor:
         started = time.monotonic()
         while waiting:
             futures = [child.ready for child in waiting] + [child.exited for child in self._children_of_the_group()]
-            await asyncio.wait(futures, timeout=WAITING_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                futures, timeout=min(WAITING_S, self._loading_silence_s), return_when=asyncio.FIRST_COMPLETED
+            )
             self._raise_if_drained()
             if any(child.exited.done() for child in self._children_of_the_group()):
                 raise await self._failure_while_starting()
@@ -194,9 +205,21 @@ class Supervisor:
             for child in became_ready & set(self._shards):
                 self._sink.info(f"Shard ready in {time.monotonic() - started:.2f}s", child.spec.span)
             waiting -= became_ready
+            if self._serving:
+                await self._find_hanging(waiting)
             if not became_ready:
                 for child in waiting & set(self._shards) or waiting:
                     self._sink.info(f"Waiting for {child.name} to be ready...", child.spec.span)
+
+    async def _find_hanging(self, loading: set[Child]) -> None:
+        """Raises: ShardCannotStart."""
+        for child in loading:
+            silence_s = time.monotonic() - child.heard_time
+            if silence_s > self._loading_silence_s:
+                await self._dump_stacks()
+                raise ShardCannotStart(
+                    f"Shard {child.spec.rank} hangs: it loads, and said nothing for {silence_s:.0f} s"
+                )
 
     def _steps(self) -> Seconds:
         """Duration of each step of the start: of several ranks the slowest, and then the router's."""
@@ -232,7 +255,7 @@ class Supervisor:
             finally:
                 said.cancel()
             loss = said.result() if said.done() else None
-            if loss is not None and loss.incarnation != self._incarnation:
+            if loss is not None and not self._concerns_running(loss):
                 loss = None  # they have been started again since
             if loss is not None:
                 # A rank that ends breaks its connection first.
@@ -251,6 +274,13 @@ class Supervisor:
             if loss is not None:
                 await self._dump_stacks()
                 return loss.reason[:1].upper() + loss.reason[1:]
+
+    def _concerns_running(self, loss: Loss) -> bool:
+        """Whether the shards that run now are meant. Of those that the router has not heard of it knows only that they
+        do not answer, which is no wonder as long as they load."""
+        if loss.incarnation != UNKNOWN:
+            return loss.incarnation == self._incarnation
+        return loss.at - max(shard.ready_time for shard in self._shards) > self._stall_timeout_s
 
     async def _dump_stacks(self) -> None:
         """Have the shards write into the log where they are."""

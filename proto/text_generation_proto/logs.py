@@ -19,6 +19,9 @@ LEVELS = {"trace": logging.DEBUG, "debug": logging.DEBUG, "info": logging.INFO, 
 LEVELS |= {"warning": logging.WARNING, "error": logging.ERROR, "critical": logging.CRITICAL, "off": logging.CRITICAL}
 
 
+UNKNOWN = 0
+"""Of ``shards_lost``: an incarnation that the router has not heard of."""
+
 EVENTS = "text_generation.events"
 """The logger of messages to the launcher; no ``LOG_LEVEL`` silences it, not even one that names it."""
 
@@ -68,6 +71,7 @@ def send_event(event: str, message: str, **fields: Any) -> None:
 
     Events: ``progress`` (fields stage, done, total, unit, and file for a download), ``resolved`` (of a download, when
     the model is on this machine: fields folder, sha, pipeline_tag; the last two empty when unknown), ``ready``
-    (field seconds: a dict of step -> duration), and ``shards_lost`` (of a router; field incarnation).
+    (field seconds: a dict of step -> duration), ``alive`` (of a shard that loads: it does not hang), and
+    ``shards_lost`` (of a router; field incarnation, which may be `UNKNOWN`).
     """
     logging.getLogger(EVENTS).info(message, extra={"event": event, **fields})

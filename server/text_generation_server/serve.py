@@ -13,18 +13,26 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import NoReturn
+
+from text_generation_proto.logs import send_event
 
 from text_generation_server.config import ShardConfig
 from text_generation_server.weights.checks import check_folder
 from text_generation_server.weights.hub import find_model
 
+ALIVE_EVERY_S = 2.0
+
 
 def serve(config: ShardConfig, env: Mapping[str, str]) -> NoReturn:
     """Serve until SIGTERM, then end the process. Raises: ConfigError if it cannot start."""
     _handle_signals(config)
+    loaded = threading.Event()
+    if config.launcher_nonce:
+        threading.Thread(target=_say_alive, args=(loaded,), name="alive", daemon=True).start()
     seconds: dict[str, float] = {}
     try:
         # Loading is cut off in the middle by a signal: what it made for itself lies in here, and goes with it.
@@ -36,10 +44,16 @@ def serve(config: ShardConfig, env: Mapping[str, str]) -> NoReturn:
             with timed(seconds, "import"):
                 gc.disable()  # modules stay: looking through a million of their objects was a tenth of the start
                 from text_generation_server.shard import run_shard
-            code = run_shard(config, source, env, seconds)
+            code = run_shard(config, source, env, seconds, loaded.set)
     except SystemExit:  # of a signal
         code = 0
     end_process(code)
+
+
+def _say_alive(loaded: threading.Event) -> None:
+    """Tell a launcher, as long as nobody else can ask, that this process runs."""
+    while not loaded.wait(ALIVE_EVERY_S):
+        send_event("alive", "loading")
 
 
 def end_process(code: int) -> NoReturn:

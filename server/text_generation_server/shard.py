@@ -52,7 +52,13 @@ FAREWELL_S = 1.0
 """For the router to read why the last step failed, when the shard ends with it."""
 
 
-def run_shard(config: ShardConfig, source: ModelSource, env: Mapping[str, str], seconds: dict[str, float]) -> int:
+def run_shard(
+    config: ShardConfig,
+    source: ModelSource,
+    env: Mapping[str, str],
+    seconds: dict[str, float],
+    on_ready: Callable[[], None],
+) -> int:
     """Serve ``source`` until SIGTERM, or until no step can be computed any more; returns the exit code.
 
     ``seconds`` has what starting took so far, by step.
@@ -71,7 +77,7 @@ def run_shard(config: ShardConfig, source: ModelSource, env: Mapping[str, str], 
     gc.freeze()
     gc.enable()
     if embeds:
-        return _run_encoder(config, source, compute, group, seconds)
+        return _run_encoder(config, source, compute, group, seconds, on_ready)
     with contextlib.ExitStack() as stack:
         with timed(seconds, "load"):
             tokenizer = stack.enter_context(tokenizer_folder(source.folder, trust_remote_code=config.trust_remote_code))
@@ -99,14 +105,19 @@ def run_shard(config: ShardConfig, source: ModelSource, env: Mapping[str, str], 
         gc.freeze()
         running = engine.start()
         service = TextGenerationService(engine, info, guidance)
-        code = asyncio.run(_serve(config, engine, running, service, seconds))
+        code = asyncio.run(_serve(config, engine, running, service, seconds, on_ready))
     if running.done() and running.exception() is None:  # else it would wait for peers that are gone
         compute.submit(group.close).result()
     return code
 
 
 def _run_encoder(
-    config: ShardConfig, source: ModelSource, compute: Executor, group: Group, seconds: dict[str, float]
+    config: ShardConfig,
+    source: ModelSource,
+    compute: Executor,
+    group: Group,
+    seconds: dict[str, float],
+    on_ready: Callable[[], None],
 ) -> int:
     """The same for a model that embeds: no KV cache, no steps."""
     with contextlib.ExitStack() as stack:
@@ -118,7 +129,7 @@ def _run_encoder(
         gc.collect()
         gc.freeze()
         service = EncoderService(engine, _encoder_info(config, source, encoder, tokenizer))
-        return asyncio.run(_serve(config, engine, engine.start(), service, seconds))
+        return asyncio.run(_serve(config, engine, engine.start(), service, seconds, on_ready))
 
 
 class Stoppable(Protocol):
@@ -132,6 +143,7 @@ async def _serve(
     running: Future[None],
     service: TextGenerationServicer,
     seconds: dict[str, float],
+    on_ready: Callable[[], None],
 ) -> int:
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -143,6 +155,7 @@ async def _serve(
             listener = await listen(service, Path(f"{config.uds_path}-{config.rank}"))
         try:
             rounded = {step: round(duration, 3) for step, duration in seconds.items()}
+            on_ready()
             send_event("ready", f"shard {config.rank} listens on {listener.url}", rank=config.rank, seconds=rounded)
             await ended.wait()
             code = _say_why(config.rank, running)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from faults.hostile_model import HANG, KILL, NAN, OUT_OF_MEMORY, RAISE
 from faults.ledger import End, assert_equal, ledger, undisturbed
-from integration.asking import body, metrics, wait_for_status, wait_until_idle
-from integration.launched import message_of, serving, starting
+from integration.asking import WITHIN_S, body, metrics, wait_for_status, wait_until_idle
+from integration.launched import Launched, message_of, serving, starting
 from integration.reciting import ENDLESS
+from tiny_models import make_tiny_encoder
 
 pytestmark = pytest.mark.slow  # `make test-faults`
 
@@ -198,6 +201,55 @@ async def test_a_shard_stops(long_llama: Path, record_property: Record, ranks: i
         assert server.client.get("/health").status_code == 200
         assert server.stop() == 0
         record_property("seen", f"found after {found_s:.1f} s, {books.ends}, equal")
+
+
+@fault("F3", "SIGSTOP of the shard that is started again, while it loads", GO_ON)
+async def test_a_shard_stops_while_it_is_started_again(long_llama: Path, record_property: Record) -> None:
+    with starting("--model-id", str(long_llama), "--stall-timeout", "3") as server:
+        server.wait_until_ready()
+        requests = mixed_requests(8)
+        expected = await undisturbed(server, requests)
+        async with ledger(server) as books:
+            books.send_all(requests)
+            await books.begun()
+            server.processes()["shard 0"].kill()
+            (await _next_shard(server, 2)).suspend()
+            await books.ended()
+        assert_equal(books.entries, expected)
+        assert any("Shard 0 hangs: it loads" in message_of(line) for line in server.lines)
+        assert server.stop() == 0
+        record_property("seen", f"{books.ends}, equal, after {books.longest_gap_s:.0f} s")
+
+
+@fault("F3", "SIGSTOP of an encoder that was killed and started again while idle, limit 3 s", "all are answered")
+async def test_an_encoder_stops_after_it_was_started_again(tmp_path: Path, record_property: Record) -> None:
+    folder = make_tiny_encoder("bert", tmp_path / "encoder")
+    with starting("--model-id", str(folder), "--stall-timeout", "3") as server:
+        server.wait_until_ready()
+        texts = {"inputs": ["one text", "another"]}
+        expected = server.client.post("/embed", json=texts).json()
+        server.processes()["shard 0"].kill()
+        shard = await _next_shard(server, 2)
+        wait_for_status(server, "/health", 503)
+        wait_for_status(server, "/health", 200)
+        assert server.client.post("/embed", json=texts).json() == expected
+        shard.suspend()
+        began = time.monotonic()
+        response = await asyncio.to_thread(server.client.post, "/embed", json=texts, timeout=WITHIN_S)
+        assert (response.status_code, response.json()) == (200, expected)
+        record_property("seen", f"answered after {time.monotonic() - began:.0f} s")
+        assert server.stop() == 0
+
+
+async def _next_shard(server: Launched, incarnation: int) -> psutil.Process:
+    """Shard 0, as soon as it is started so often."""
+    async with asyncio.timeout(WITHIN_S):
+        while True:
+            shard = server.processes().get("shard 0")
+            with contextlib.suppress(psutil.Error):
+                if shard is not None and shard.environ()["TGI_INCARNATION"] == str(incarnation):
+                    return shard
+            await asyncio.sleep(0.02)
 
 
 @fault("F4", "SIGSTOP for 2 s, then SIGCONT", "nothing fails, nothing is replayed")

@@ -90,6 +90,9 @@ def perform(action: str, argument: str) -> None:
         case "first":
             if os.environ.get("TGI_INCARNATION", "1") != argument:
                 time.sleep(600)
+        case "hangs":
+            if os.environ.get("TGI_INCARNATION", "1") == argument:
+                time.sleep(600)
         case "lost":
             send_event("shards_lost", "shards are lost: a shard hangs", incarnation=int(argument))
         case "told":

@@ -15,7 +15,7 @@ from text_generation_launcher.flags import Flags
 from text_generation_launcher.launch import open_sink
 from text_generation_launcher.plan import Plan, ProcessSpec, Role
 from text_generation_launcher.process import Seconds
-from text_generation_launcher.supervisor import SETTLE_S, Supervisor
+from text_generation_launcher.supervisor import LOADING_SILENCE_S, SETTLE_S, Supervisor
 
 FAKE_CHILD = str(Path(__file__).with_name("fake_child.py"))
 
@@ -39,6 +39,8 @@ def supervise(
     settle_s: float = SETTLE_S,
     until: str | None = None,
     max_shard_restarts: int = 0,
+    stall_timeout_s: float = 60.0,
+    loading_silence_s: float = LOADING_SILENCE_S,
 ) -> int:
     """``until``: with everything over but the cleaning up, wait for this file."""
     sink = open_sink(Flags(json_output=True), os.environ)
@@ -52,6 +54,8 @@ def supervise(
             sink,
             grace_s=grace_s,
             max_shard_restarts=max_shard_restarts,
+            stall_timeout_s=stall_timeout_s,
+            loading_silence_s=loading_silence_s,
             settle_s=settle_s,
             on_ready=on_ready,
         )
@@ -73,7 +77,5 @@ if __name__ == "__main__":
     for asking in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(asking, signal.SIG_DFL)
     wanted = json.loads(sys.argv[1])
-    options = {
-        name: wanted.pop(name) for name in ("grace_s", "settle_s", "until", "max_shard_restarts") if name in wanted
-    }
+    options = {name: wanted.pop(name) for name in wanted.keys() - {"shards", "router", "download"}}
     sys.exit(supervise(fake_plan(**wanted), **options))

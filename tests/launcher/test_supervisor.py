@@ -148,6 +148,44 @@ def test_what_the_router_says_of_shards_that_are_gone_already_counts_for_nothing
     assert sum("Restarting the shards" in message for message in started.messages) == 1
 
 
+def test_a_shard_that_hangs_while_it_is_started_again(run: Start, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    started = run(
+        shards=[["hangs=2", "ready", "first=1", f"until={go}", "die=9"]],
+        router=SERVE,
+        max_shard_restarts=2,
+        loading_silence_s=1.0,
+    )
+    started.wait_for("READY")
+    go.touch()
+    line = started.wait_for("Restarting the shards, 2 of 2 times")
+    assert line["fields"]["message"].startswith("Shard 0 hangs: it loads, and said nothing for ")
+    started.wait_for("The shards are back after")
+    started.signal(signal.SIGTERM)
+    assert started.end() == 0
+
+
+@pytest.mark.parametrize("stall_timeout_s", [0.01, 600.0])
+def test_shards_that_the_router_never_heard_of_are_given_time_to_answer(
+    run: Start, stall_timeout_s: float, tmp_path: Path
+) -> None:
+    go = tmp_path / "go"
+    started = run(
+        shards=[SERVE],
+        router=["ready", f"until={go}", "lost=0", "info=said", "sleep=600"],
+        max_shard_restarts=1,
+        stall_timeout_s=stall_timeout_s,
+    )
+    started.wait_for("READY")
+    go.touch()
+    started.wait_for("said" if stall_timeout_s > 1 else "The shards are back after")
+    time.sleep(0.5)
+    started.signal(signal.SIGTERM)
+    assert started.end() == 0
+    restarts = sum("Restarting the shards" in message for message in started.messages)
+    assert restarts == (stall_timeout_s < 1)
+
+
 def test_a_router_that_dies_while_shards_are_restarted(run: Start, tmp_path: Path) -> None:
     go, router = tmp_path / "go", tmp_path / "router"
     started = run(

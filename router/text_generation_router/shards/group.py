@@ -17,7 +17,7 @@ from typing import NamedTuple
 import grpc
 import grpc.aio
 from text_generation_proto.grammars import Grammar, GrammarError, to_proto
-from text_generation_proto.logs import send_event
+from text_generation_proto.logs import UNKNOWN, send_event
 from text_generation_proto.v1 import generate_pb2 as pb
 
 from text_generation_router.config import ConfigError, WarmupLimits
@@ -112,7 +112,7 @@ class ShardGroup:
         self._is_lost = False
         """Whether it takes another incarnation to go on."""
         self._silent_since: float | None = None
-        """Since when resets are not answered."""
+        """Since when neither resets nor questions are answered."""
         self._warmed: WarmupLimits | None = None
         """What another incarnation has to make room for."""
         self._step_id = 0
@@ -177,7 +177,7 @@ class ShardGroup:
         """
         request = pb.CompileGrammarRequest(grammar=to_proto(grammar))
         try:
-            await self._clients[0].compile_grammar(request, _UNARY_TIMEOUT_S)
+            await self._clients[0].compile_grammar(request, min(_UNARY_TIMEOUT_S, self._stall_timeout_s))
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
                 raise GrammarError(error.details() or "") from error
@@ -233,20 +233,22 @@ class ShardGroup:
             self.epoch = max(self.epoch, *(state.epoch for state in states)) + 1
             await asyncio.gather(*(client.clear_cache(self.epoch, _RESET_TIMEOUT_S) for client in self._clients))
         except grpc.aio.AioRpcError as error:
-            self._note_silence()
+            self._note_silence(self.incarnation)
             raise ShardUnreachable(error.details() or str(error.code())) from error
         self._silent_since = None
         for client in self._clients:
             await client.open_steps(self._take, lambda details: self._lose(LOST, details))
         self._failed = self._is_lost = False
 
-    def _note_silence(self) -> None:
-        """No step is under way whose age could be watched."""
+    def _note_silence(self, incarnation: int) -> None:
+        """No step is under way whose age could be watched. ``incarnation``: of the shards that do not answer;
+        `UNKNOWN` of those that are to come, which may still be loading."""
         now = time.monotonic()
         self._silent_since = self._silent_since or now
-        if now - self._silent_since > self._stall_timeout_s and not self._is_lost:
+        if now - self._silent_since > self._stall_timeout_s:
+            self._silent_since = None
             self._is_lost = True
-            self._tell_launcher(HANGS, self.incarnation)
+            self._tell_launcher(HANGS, incarnation)
 
     @property
     def incarnation(self) -> int:
@@ -263,7 +265,9 @@ class ShardGroup:
         try:
             messages = await asyncio.gather(*(client.info(_RESET_TIMEOUT_S) for client in self._clients))
         except grpc.aio.AioRpcError as error:
+            self._note_silence(UNKNOWN)
             raise ShardUnreachable(error.details() or str(error.code())) from error
+        self._silent_since = None
         identity, *others = (_identity(message) for message in messages)
         if (
             any(other != identity for other in others)
