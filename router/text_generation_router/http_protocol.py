@@ -17,6 +17,9 @@ FIRST_BYTE_S = 10.0
 RECEIPT_S = 30.0
 """For a request to arrive whole, from its first byte on; the answer may take as long as it likes."""
 
+WRITE_STALL_S = 60.0
+"""A client that takes nothing off its connection for so long counts as gone."""
+
 MAX_PIPELINED = 16
 """Requests of a connection that are read while one is answered; with more, reading pauses."""
 MAX_DISCARDED_BYTES = 64 * 2**20
@@ -52,6 +55,10 @@ class HttpProtocol(HttpToolsProtocol):
         """Bytes that the parser is given now."""
         self._num_extra_bytes = 0
         """What has come of the request that is no body: its head, and what may stand behind a body in chunks."""
+        self._num_left = 0
+        """Of the last answer, what the client had not taken at the last look."""
+        self._taken_at = 0.0
+        """When it was more."""
         self._is_refused = False
         """Whether the connection has got its last answer; what still comes is thrown away."""
 
@@ -153,16 +160,25 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._num_left = 0
         if self._deadline is not None:  # the next request is on its way; its time begins when it is its turn
             self._unset_keepalive_if_required()
             self._clear_deadline()
             self._deadline = self.loop.call_later(RECEIPT_S, self._on_slow_request)
 
     def timeout_keep_alive_handler(self) -> None:
-        if self.transport.get_write_buffer_size():
+        num_left, now = self.transport.get_write_buffer_size(), self.loop.time()
+        if not num_left:
+            super().timeout_keep_alive_handler()
+            return
+        if self._num_left != num_left:  # it takes its time, and takes something
+            self._num_left, self._taken_at = num_left, now
+        if now - self._taken_at > WRITE_STALL_S - self.timeout_keep_alive:
             self._abort()  # to close would wait for a client that does not read
         else:
-            super().timeout_keep_alive_handler()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def _decline_upgrade(self, rest: bytes) -> None:
         """Parse a request again as if it offered no upgrade (to HTTP/2, say). ``rest`` follows its headers.

@@ -32,6 +32,7 @@ from text_generation_router.scheduling.requests import (
     QueuedRequest,
     RequestTimings,
     Token,
+    ValidRequest,
 )
 from text_generation_router.tokenizer import RouterTokenizer
 from text_generation_router.validation import build_request, check_length, check_parameters, check_shape
@@ -88,6 +89,11 @@ class Generation:
         if events and not isinstance(events[-1], PrefillEvent) and events[-1].finished is not None:
             self._finished = True
         return events
+
+    @property
+    def prompt_tokens(self) -> tuple[int, int]:
+        """How many, and how many of these the prefix cache had, as far as is known before the first event: none."""
+        return self._queued.num_prompt_tokens, self._queued.num_cached_tokens
 
     @property
     def embedding(self) -> bytes:
@@ -268,28 +274,21 @@ class Inference:
         """Start one generation, whatever the shape of the answer. ``permit``: one that was reserved; it is given back
         with the generation, or when this fails.
 
-        Raises: ShuttingDown, Overloaded, ValidationError.
+        Raises: ShuttingDown, Overloaded, ValidationError, DeadlineExceeded.
         """
         if permit is None:
             (permit,) = self.reserve(1, caller)
         try:
-            started = time.perf_counter()
-            checked = check_parameters(request, self.limits)
-            if request.input_ids is not None:
-                input_ids = list(request.input_ids)
+            if caller.timeout_s is None:
+                valid, validation_s = await self._validate(request, caller)
             else:
-                if checked.truncate is None:
-                    check_length(self._tokenizer.least_tokens(checked.inputs), self.limits)
-                with self._batcher.door.entering():
-                    encoding = await self._tokenizer.encode(checked.inputs, checked.add_special_tokens)
-                input_ids = encoding.ids
-            seed = checked.seed if checked.seed is not None else secrets.randbits(64)
-            valid = build_request(checked, input_ids, self.limits, seed=seed, caller=caller)
-            if valid.grammar is not None:
-                await self._guidance.admit(valid.grammar)
-            validation_s = time.perf_counter() - started
-            self._metrics.request_input_length.observe(len(valid.input_ids))
-            self._metrics.request_max_new_tokens.observe(valid.max_new_tokens)
+                try:
+                    async with asyncio.timeout(_left_s(caller)) as limit:
+                        valid, validation_s = await self._validate(request, caller)
+                except TimeoutError:
+                    if limit.expired():
+                        raise DeadlineExceeded(caller.timeout_s) from None
+                    raise
             queued = QueuedRequest(valid, validation_s)
             self._batcher.enqueue(queued)
             return Generation(queued, self._batcher, permit, self._deadline(queued, caller))
@@ -297,10 +296,35 @@ class Inference:
             permit.release()
             raise
 
+    async def _validate(self, request: GenerateRequest, caller: Caller) -> tuple[ValidRequest, float]:
+        """What is queued, and the seconds that it took to find out."""
+        started = time.perf_counter()
+        checked = check_parameters(request, self.limits)
+        if request.input_ids is not None:
+            input_ids = list(request.input_ids)
+        else:
+            if checked.truncate is None:
+                check_length(self._tokenizer.least_tokens(checked.inputs), self.limits)
+            with self._batcher.door.entering():
+                encoding = await self._tokenizer.encode(checked.inputs, checked.add_special_tokens)
+            input_ids = encoding.ids
+        seed = checked.seed if checked.seed is not None else secrets.randbits(64)
+        valid = build_request(checked, input_ids, self.limits, seed=seed, caller=caller)
+        if valid.grammar is not None:
+            await self._guidance.admit(valid.grammar)
+        self._metrics.request_input_length.observe(len(valid.input_ids))
+        self._metrics.request_max_new_tokens.observe(valid.max_new_tokens)
+        return valid, time.perf_counter() - started
+
     def _deadline(self, queued: QueuedRequest, caller: Caller) -> asyncio.TimerHandle | None:
         """Ends the request when its time is over."""
         if caller.timeout_s is None:
             return None
-        left_s = max(caller.asked_at + caller.timeout_s - time.perf_counter(), 0.0)
         loop = asyncio.get_running_loop()
-        return loop.call_later(left_s, self._batcher.expire, queued, DeadlineExceeded(caller.timeout_s))
+        return loop.call_later(_left_s(caller), self._batcher.expire, queued, DeadlineExceeded(caller.timeout_s))
+
+
+def _left_s(caller: Caller) -> float:
+    """Of the time that it gave its request."""
+    assert caller.timeout_s is not None
+    return max(caller.asked_at + caller.timeout_s - time.perf_counter(), 0.0)

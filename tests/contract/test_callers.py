@@ -80,6 +80,19 @@ async def test_who_is_not_answered_in_time_is_told_so(path: str) -> None:
         assert router.metrics.request_failure.value(err="timeout") == 1
 
 
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/v1/chat/completions"])
+async def test_the_time_of_a_request_runs_before_it_is_queued(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with scripted.running() as router:
+        forever = asyncio.Event()
+        monkeypatch.setattr(router.inference._guidance, "admit", lambda grammar: forever.wait())
+        grammar = {"type": "regex", "value": "a"}
+        body = CHAT | {"response_format": grammar} if "chat" in path else BODY | {"parameters": {"grammar": grammar}}
+        response = await router.client.post(path, json=body, headers={"x-request-timeout-ms": "50"})
+        assert (response.status_code, response.json()["error_type"]) == (408, "timeout")
+        assert not router.batcher.seen
+        await router.idle()
+
+
 async def test_a_stream_that_has_begun_ends_with_an_event() -> None:
     def script(queued: Any) -> None:
         scripted.say(queued, "one", end=False)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import time
 from typing import Any
 
 import httpx2
 import pytest
 import scripted
+from integration.asking import message
+from text_generation_router import http_protocol, listening
 from text_generation_router.api import sse
 from text_generation_router.errors import GenerationFailed, ShuttingDown
 from text_generation_router.scheduling.requests import QueuedRequest
@@ -188,6 +192,57 @@ async def test_a_client_that_stops_reading_counts_as_gone(
         assert not [record for record in caplog.records if record.levelname == "ERROR"]
         writer.transport.abort()
         await router.idle()
+
+
+NUM_CHARACTERS = 8_000_000
+
+
+def say_much(queued: QueuedRequest) -> None:
+    scripted.say(queued, "x" * NUM_CHARACTERS)
+
+
+async def slow_client(router: scripted.Router, path: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """It has asked for a large answer, and takes little at a time."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    sock.connect((router.client.base_url.host, router.client.base_url.port))
+    reader, writer = await asyncio.open_connection(sock=sock, limit=1)
+    writer.write(message(path, BODY))
+    return reader, writer
+
+
+@pytest.mark.parametrize(("path", "copies"), [("/generate", 1), ("/generate_stream", 2)])
+async def test_a_client_that_reads_slowly_gets_all_of_a_large_answer(
+    path: str, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Much later than a connection may be idle, and than a client may take nothing at all."""
+    monkeypatch.setattr(listening, "KEEP_ALIVE_S", 0.1)
+    for module in (http_protocol, sse):
+        monkeypatch.setattr(module, "WRITE_STALL_S", 0.5)
+    async with scripted.running(script=say_much, over_socket=True) as router, asyncio.timeout(30):
+        reader, writer = await slow_client(router, path)
+        size = 0
+        began = time.monotonic()
+        while size < copies * NUM_CHARACTERS:
+            read = await reader.read(100_000)
+            assert read, f"{size} characters came"
+            size += read.count(b"x")
+            await asyncio.sleep(0.02)
+        assert time.monotonic() - began > 0.6
+        writer.close()
+
+
+async def test_a_client_that_does_not_take_its_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listening, "KEEP_ALIVE_S", 0.1)
+    monkeypatch.setattr(http_protocol, "WRITE_STALL_S", 0.5)
+    async with scripted.running(script=say_much, over_socket=True) as router, asyncio.timeout(10):
+        _, writer = await slow_client(router, "/generate")
+        assert router.server is not None
+        while not router.batcher.seen:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        while router.server.server_state.connections:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        writer.transport.abort()
 
 
 async def test_128_streams_run_and_the_next_one_is_refused() -> None:

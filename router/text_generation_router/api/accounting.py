@@ -28,9 +28,12 @@ def counted(metrics: Metrics, route: str) -> Iterator[None]:
         yield
     except RouterError as error:
         metrics.request_failure.inc(err=error.metric)
-        # The client's own mistakes are no errors of the server; none of the texts quotes a prompt.
-        level = logging.WARNING if error.status < 500 and error.status != 424 else logging.ERROR
-        logger.log(level, "%s failed with %d: %s", route, error.status, error)
+        if error.status < 500 and error.status != 424:
+            # The client's own mistakes are no errors of the server, and the text may quote what it sent.
+            logger.warning("%s failed with %d: %s", route, error.status, error.error_type)
+            logger.debug("%s failed with %d: %s", route, error.status, error)
+        else:
+            logger.error("%s failed with %d: %s", route, error.status, error)
         raise
     except (ClientGone, asyncio.CancelledError):
         metrics.request_cancelled.inc()

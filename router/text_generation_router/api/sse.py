@@ -15,14 +15,15 @@ from text_generation_router.api.disconnect import ClientGone
 from text_generation_router.api.reply import Headers
 from text_generation_router.api.schemas import StreamDetails, StreamResponse, token_body
 from text_generation_router.errors import IncompleteGeneration, IncompleteGenerationStream, RouterError, error_body
+from text_generation_router.http_protocol import WRITE_STALL_S
 from text_generation_router.scheduling.requests import Event, Finished, PrefillEvent
 
 KEEP_ALIVE_S = 15.0
 """Silence after which a comment is sent, so that no proxy takes the connection for dead."""
 FIRST_EVENT_S = 10.0
 """How long the status line waits for the first token, in order to carry the status of a failure."""
-WRITE_STALL_S = 60.0
-"""A client that takes nothing off its connection for so long counts as gone."""
+PIECE_BYTES = 64 * 1024
+"""Written at once, at most: what has piled up for a slow client takes longer than it may be silent for."""
 
 KEEP_ALIVE = b":\n\n"
 
@@ -61,15 +62,20 @@ class EventStreamResponse:
 
     async def write(self, frames: bytes) -> None:
         self._num_writing += 1
-        self._written_at = time.monotonic()
-        await self._send_event({"type": "http.response.body", "body": frames, "more_body": True})
+        for piece in _pieces(frames):
+            self._written_at = time.monotonic()
+            await self._send_event({"type": "http.response.body", "body": piece, "more_body": True})
         self._num_writing -= 1
 
     async def end(self, frames: bytes) -> None:
         """Send the last events; the connection is free for the next request. Raises: ClientGone."""
+        *pieces, last = _pieces(frames)
         try:
+            for piece in pieces:
+                async with asyncio.timeout(WRITE_STALL_S):
+                    await self._send_event({"type": "http.response.body", "body": piece, "more_body": True})
             async with asyncio.timeout(WRITE_STALL_S):
-                await self._send({"type": "http.response.body", "body": frames, "more_body": False})
+                await self._send({"type": "http.response.body", "body": last, "more_body": False})
         except TimeoutError:
             raise ClientGone from None
 
@@ -105,6 +111,12 @@ class EventStreamResponse:
                 except TimeoutError:
                     limit.reschedule(asyncio.get_running_loop().time())
                     return
+
+
+def _pieces(frames: bytes) -> list[bytes]:
+    if len(frames) <= PIECE_BYTES:
+        return [frames]
+    return [frames[first : first + PIECE_BYTES] for first in range(0, len(frames), PIECE_BYTES)]
 
 
 async def relay(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
 import time
@@ -119,7 +118,8 @@ class Batcher:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._scheduler.waiting)
+        """Requests that have not begun: those that were stopped, and go on later, have had their turn."""
+        return sum(queued.started_at is None for queued in self._scheduler.waiting)
 
     def turn_away(self) -> int:
         """Seconds after which it is worth for a client to come back that finds no place now."""
@@ -127,7 +127,7 @@ class Batcher:
 
     def cancel(self, queued: QueuedRequest) -> None:
         """Forget a request whose client went away; its blocks are free at once. Harmless for one that has ended."""
-        if self._answers.pop(queued, None) is not None:
+        if self._leave(queued):
             self._scheduler.cancel(queued)
             self._show_state()
             self._wake.set()
@@ -186,7 +186,8 @@ class Batcher:
         if self._shards.num_in_flight:
             until = self.door.wait_while_busy(self._step_ends_at())
         elif first is not None and not self._scheduler.running:
-            until = self.door.wait_while_idle(first.enqueued_at)
+            prompt_s = self._scheduler.costs.prompt_s(first.num_prompt_tokens, 0)
+            until = self.door.wait_while_idle(first.enqueued_at, prompt_s)
         else:
             return False
         wait_s = until - time.perf_counter()
@@ -297,12 +298,18 @@ class Batcher:
 
     def _end(self, sequence: RunningSequence, error: RouterError | None) -> None:
         self._scheduler.finish(sequence, keep=error is None)
-        self._departures.note(time.perf_counter(), num_left=len(self._answers) - 1)
         if error is None:
-            del self._answers[sequence.queued]
+            self._leave(sequence.queued)
             sequence.queued.stream.close()
         else:
             self._fail([sequence.queued], error)
+
+    def _leave(self, queued: QueuedRequest) -> bool:
+        """However it ended, it makes room for another; whether it was still here."""
+        if self._answers.pop(queued, None) is None:
+            return False
+        self._departures.note(time.perf_counter(), num_left=len(self._answers))
+        return True
 
     async def _recover(self) -> None:
         """Begin an epoch with empty shards, and go on with all that ran in the old one from its token log."""
@@ -339,8 +346,12 @@ class Batcher:
         # Else the first step with each would wait until it is compiled.
         for grammar in {queued.request.grammar for queued in self._answers}:
             if grammar is not None:
-                with contextlib.suppress(GrammarError, TimeoutError):
+                try:
                     await self._shards.compile_grammar(grammar)
+                except GrammarError:
+                    pass  # its request fails by itself
+                except TimeoutError:
+                    return  # of shards that hang a step finds out
 
     def _replay(
         self, lost: Sequence[QueuedRequest], failure: GroupFailure, sent: Sequence[_SentStep], refused: _SentStep | None
@@ -353,11 +364,13 @@ class Batcher:
         error = GenerationFailed(f"Server error: {failure.message}")
         computed = {sequence.queued for step in sent for sequence in step.plan.sequences()}
         guilty: set[QueuedRequest] = set()
+        if failure.out_of_memory:
+            self._metrics.out_of_memory_count.inc()
         if failure.out_of_memory and refused is not None and refused.plan.chunks:
             taken_in = {sequence.queued for sequence, _ in refused.plan.chunks}
             # Those that go on after another failure are prompts as well.
             guilty = {queued for queued in taken_in if not queued.output_ids} or taken_in
-            self._note_out_of_memory()
+            self._make_steps_smaller()
         elif len(computed) == 1 and next(iter(computed)).is_suspect:
             guilty = computed
         else:
@@ -372,9 +385,8 @@ class Batcher:
             logger.warning("%s requests go on from where they were, %s of them alone first", len(survivors), suspects)
         self._show_state()
 
-    def _note_out_of_memory(self) -> None:
-        """The second time within a minute the steps are too large for this machine."""
-        self._metrics.out_of_memory_count.inc()
+    def _make_steps_smaller(self) -> None:
+        """If memory ran out twice within a minute: then they are too large for this machine."""
         now, before = time.monotonic(), self._out_of_memory_at
         self._out_of_memory_at = now
         if now - before < OUT_OF_MEMORY_WINDOW_S:
@@ -389,7 +401,7 @@ class Batcher:
 
     def _fail(self, requests: Iterable[QueuedRequest], error: RouterError) -> None:
         for queued in requests:
-            self._answers.pop(queued, None)
+            self._leave(queued)
             self._scheduler.forget(queued)
             queued.stream.fail(error)
         self._show_state()

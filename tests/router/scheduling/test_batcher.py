@@ -455,3 +455,19 @@ async def test_a_request_whose_time_is_over(tmp_path: Path) -> None:
             await tokens(queued)
         router.batcher.expire(queued, DeadlineExceeded(1.5))
         await settled(router, shard)
+
+
+@pytest.mark.parametrize("leaves", ["cancelled", "expired"])
+async def test_a_pause_after_the_last_one_has_left_early_says_nothing_of_the_pace(tmp_path: Path, leaves: str) -> None:
+    async with running(tmp_path, FakeShard(step_s=0.01)) as router:
+        queued = router.ask("a", 100)
+        await queued.stream.get_all()
+        if leaves == "cancelled":
+            router.batcher.cancel(queued)
+        else:
+            router.batcher.expire(queued, DeadlineExceeded(1.0))
+        await asyncio.sleep(1.5)
+        last = router.ask("b", 1)
+        while await last.stream.get_all():
+            pass
+        assert router.batcher.turn_away() == 1, "a mean of less than a second"

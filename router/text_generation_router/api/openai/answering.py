@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import msgspec
 from starlette.types import Scope, Send
 
 from text_generation_router.api.accounting import counted, record_success
@@ -17,6 +18,7 @@ from text_generation_router.api.reply import JSON, send_body
 from text_generation_router.api.sse import EventStreamResponse, relay
 from text_generation_router.errors import RouterError
 from text_generation_router.generate_request import GenerateRequest
+from text_generation_router.inference import Generation
 from text_generation_router.scheduling.requests import Event
 
 Batch = tuple[int, list[Event]]
@@ -47,6 +49,7 @@ class Answering:
         self._send = send
         self._started_at = time.perf_counter()
         self._requests: Sequence[GenerateRequest] = ()
+        self._first: Generation | None = None
 
     def counted(self) -> AbstractContextManager[None]:
         """Around all that the model does for it."""
@@ -82,6 +85,7 @@ class Answering:
                     headers = self._answers.stream_headers(self._num_characters)
                     response = EventStreamResponse(self._scope, self._send, headers)
                     await choices.start(stream.requests, stream.num_copies)
+                    self._first = choices.first
 
                     async def next_batch() -> Batch:
                         batch = await choices.next()
@@ -99,10 +103,18 @@ class Answering:
         # The permits are free by now: a client that asks again on reading the end is not refused on its own account.
         await response.end(last + done)
 
+    @property
+    def prompt_tokens(self) -> tuple[int, int]:
+        """Of the first request of a stream: how many, and how many of these were cached. Known with the first event."""
+        assert self._first is not None
+        return self._first.prompt_tokens
+
     def _choices(self, requests: Sequence[GenerateRequest], num_copies: int) -> Choices:
         self._requests = requests
         self.totals.num_copies = num_copies
-        return Choices(self._answers.inference, caller_of(self._scope))
+        # Its time has begun before a chat was made a prompt.
+        caller = msgspec.structs.replace(caller_of(self._scope), asked_at=self._started_at)
+        return Choices(self._answers.inference, caller)
 
     def _record(self) -> float:
         """Seconds that it took in all."""

@@ -67,6 +67,13 @@ class Choices:
             generation.close()  # its permit is free while the others run on
         return index, events
 
+    @property
+    def first(self) -> Generation:
+        """The first one, which has begun."""
+        first = self._generations[0]
+        assert first is not None
+        return first
+
     async def _begin(self, index: int, request: GenerateRequest) -> None:
         generation = await self._inference.start(request, self._caller, self._permits[index])
         self._stack.callback(generation.close)
