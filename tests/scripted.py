@@ -228,6 +228,7 @@ async def running(
     chat_template: str | None = CHAT_TEMPLATE,
     reasoning_parser: str | None = None,
     safe_special_tokens: bool = False,
+    prefill_logprobs: bool = False,
     over_socket: bool = False,
     max_connections: int | None = None,
     **limit_changes: Any,
@@ -260,7 +261,9 @@ async def running(
         safe_special_tokens=safe_special_tokens,
     )
     backend = Backend(
-        info=shard_info(pipeline_tag=None if full_text_by_default else "conversational"),
+        info=shard_info(
+            pipeline_tag=None if full_text_by_default else "conversational", prefill_logprobs=prefill_logprobs
+        ),
         tokenizer=tokenizer,
         metrics=metrics,
         door=inference,

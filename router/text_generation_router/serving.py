@@ -157,6 +157,7 @@ def _generating_routes(
         texts=TokenBytes(backend.tokenizer.tokenizer),
         fingerprint=f"{version('text-generation-inference')}-{flags.docker_label or 'native'}",
         max_client_batch_size=flags.max_client_batch_size,
+        prefill_logprobs=backend.info.prefill_logprobs,
     )
     chat = ChatRoutes(
         answers,

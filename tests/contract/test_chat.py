@@ -252,6 +252,12 @@ async def test_all_answers_need_a_permit_at_once() -> None:
         ({"logit_bias": {"512": 1}}, "the model knows 512 tokens"),
         ({"logit_bias": [0.5]}, "`logit_bias` must be a map"),
         ({"logprobs": True, "top_logprobs": 21}, "`top_logprobs` must be"),
+        ({"top_logprobs": 2}, "only allowed with `logprobs`"),
+        ({"best_of": 2}, "`best_of` is not supported: use `n`"),
+        ({"min_p": 0.1}, "`min_p` is not supported"),
+        ({"grammar": {"type": "regex", "value": "a"}}, "`grammar` is not supported: use `response_format`"),
+        ({"guided_json": {}, "guided_regex": "a+"}, "`guided_regex` is not supported: use `response_format`"),
+        ({"moderation": {"mode": "block"}}, "`moderation` is not supported"),
         ({"store": True}, "`store` is not supported"),
         ({"service_tier": "flex"}, "`service_tier`"),
         ({"modalities": ["text", "audio"]}, "`modalities`"),
@@ -395,7 +401,7 @@ async def test_a_call() -> None:
     assert choice["finish_reason"] == "length", "it was cut off, whatever it said"
     said = await chunks({"tools": TOOLS}, **options)
     deltas = [chunk["choices"][0]["delta"] for chunk in said]
-    assert "".join(delta.get("content") or "" for delta in deltas) == "Look:"
+    assert assembled(deltas)["content"] == "Look:"
     streamed = [call for delta in deltas for call in delta.get("tool_calls", ())]
     assert [call["index"] for call in streamed] == [0] * len(streamed)
     assert (streamed[0]["function"]["name"], streamed[0]["type"]) == ("weather", "function")
@@ -419,6 +425,62 @@ async def test_a_call_that_is_complete_is_the_reason_of_the_end() -> None:
     assert (choice["finish_reason"], "tool_calls" in choice["message"]) == ("stop", False)
     (choice,) = (await ask(TGIS | {"tools": TOOLS}, **options))["choices"]
     assert choice["message"]["tool_calls"][0]["id"] == "0", "TGI's own client reads a number"
+
+
+def assembled(deltas: list[dict[str, Any]]) -> dict[str, Any]:
+    """As OpenAI's own client puts them together, but for calls."""
+    whole: dict[str, Any] = {}
+    for delta in deltas:
+        for name in delta.keys() - {"tool_calls"}:
+            before, new = whole.get(name), delta[name]
+            whole[name] = new if before is None else before if new is None else before + new
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("words", "content"),
+    [
+        (['<tool_call>{"name": "weather"}</tool_call>'], None),
+        (["Sunny."], "Sunny."),
+        (["Look:", '<tool_call>{"name": "weather"}</tool_call>'], "Look:"),
+        ([""], ""),
+    ],
+)
+async def test_the_content_of_a_stream_is_that_of_the_whole_answer(words: list[str], content: str | None) -> None:
+    options: dict[str, Any] = {"script": lambda queued: scripted.say(queued, *words), "chat_template": TOOL_TEMPLATE}
+    (choice,) = (await ask({"tools": TOOLS}, **options))["choices"]
+    said = await chunks({"tools": TOOLS}, **options)
+    deltas = [chunk["choices"][0]["delta"] for chunk in said]
+    assert choice["message"]["content"] == assembled(deltas)["content"] == content
+    assert deltas[0]["role"] == "assistant"
+
+
+async def test_a_client_that_names_many_fields_is_not_taken_for_tgis() -> None:
+    body = {"repetition_penalty": 1.1, "logit_bias": {"5": -1}, "tool_choice": "auto", "tools": TOOLS}
+    said = await chunks(body, script=calling, chat_template=TOOL_TEMPLATE)
+    calls = [call for chunk in said for call in chunk["choices"][0]["delta"].get("tool_calls", ())]
+    assert calls[0]["id"].startswith("call_")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ('{"a": "\\ud800"}', "are no JSON"),
+        ('{"a": NaN}', "are no JSON"),
+        ("{", "are no JSON"),
+        ("[" * 65 + "]" * 65, "have more than 64 levels"),
+        ("[" * 5000 + "]" * 5000, "are no JSON"),
+    ],
+)
+@pytest.mark.parametrize("safe", [False, True])
+async def test_arguments_of_earlier_calls_are_looked_at(arguments: str, message: str, safe: bool) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    messages = [*USER, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "x"}]
+    options: dict[str, Any] = {"chat_template": TOOL_TEMPLATE, "safe_special_tokens": safe}
+    for path in (PATH, "/chat_tokenize"):
+        answer = await ask({"messages": messages}, 422, path, **options)
+        said = answer["error"]["message"] if path == PATH else answer["error"]
+        assert said == f"Input validation error: `arguments` of the call of `weather` {message}"
 
 
 async def test_calls_and_their_results_reach_the_template() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import scripted
+from contract.test_chat import _nothing
 from text_generation_router.scheduling.requests import PrefillEvent, PrefillToken, QueuedRequest
 
 PATH = "/v1/completions"
@@ -128,10 +129,36 @@ async def test_logprobs_of_an_echo() -> None:
         queued.stream.put(PrefillEvent(prompt))
         scripted.say(queued, "!")
 
-    (choice,) = (await ask({"logprobs": 0, "echo": True}, script=script))["choices"]
+    body = {"logprobs": 0, "echo": True}
+    (choice,) = (await ask(body, script=script, prefill_logprobs=True))["choices"]
     assert choice["logprobs"]["token_logprobs"] == [None, -2.0, -0.5]
     assert choice["logprobs"]["tokens"][:2] == ["H", "i"]
     assert choice["logprobs"]["text_offset"] == [0, 1, 2]
+
+
+async def test_logprobs_of_a_prompt_have_to_be_known() -> None:
+    answer = await ask({"logprobs": 0, "echo": True}, 422)
+    assert "`--enable-prefill-logprobs`" in answer["error"]["message"]
+
+
+async def test_offsets_count_characters_and_not_what_is_not_shown() -> None:
+    def script(queued: QueuedRequest) -> None:
+        ids = [256, *queued.request.input_ids]  # a token that a tokenizer puts ahead of every text
+        queued.stream.put(PrefillEvent([PrefillToken(token_id, "", -1.0) for token_id in ids]))
+        scripted.say(queued, "!")
+
+    body = {"prompt": "a\u00f6\U0001f600b", "logprobs": 0, "echo": True}
+    (choice,) = (await ask(body, script=script, prefill_logprobs=True))["choices"]
+    assert choice["text"].startswith("a\u00f6\U0001f600b")
+    assert choice["logprobs"]["text_offset"] == [0, 0, 1, 1, 2, 2, 2, 2, 3, 4]
+
+
+async def test_a_completion_that_obeys_a_schema() -> None:
+    async with scripted.running() as router:
+        router.inference._guidance.admit = lambda grammar: _nothing()  # type: ignore[method-assign]
+        body = {"prompt": "Hi", "response_format": {"type": "json_object"}}
+        assert (await router.client.post(PATH, json=body)).status_code == 200
+        assert router.batcher.seen[0].request.grammar is not None
 
 
 @pytest.mark.parametrize(
@@ -146,6 +173,8 @@ async def test_logprobs_of_an_echo() -> None:
         ({"suffix": "x"}, "Suffix is not supported"),
         ({"best_of": 1, "n": 2}, "`best_of` must be >= `n`"),
         ({"logprobs": 21}, "`logprobs` must be"),
+        ({"use_beam_search": True}, "`use_beam_search` is not supported"),
+        ({"stop_token_ids": [5]}, "`stop_token_ids` is not supported"),
     ],
 )
 async def test_what_cannot_be_honoured_is_refused(body: dict[str, Any], message: str) -> None:

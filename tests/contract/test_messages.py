@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import scripted
-from contract.test_chat import TOOL_TEMPLATE, calling
+from contract.test_chat import TOOL_TEMPLATE, _nothing, calling
 from text_generation_router.errors import GenerationFailed
 from text_generation_router.scheduling.requests import FinishReason, QueuedRequest, Token, TokenEvent
 
@@ -74,6 +74,7 @@ async def test_a_stream() -> None:
     ]
     assert said[6]["delta"] == {"stop_reason": "max_tokens", "stop_sequence": None}
     assert said[6]["usage"]["output_tokens"] == 3
+    assert said[0]["message"]["usage"] == said[6]["usage"] | {"output_tokens": 0}
 
 
 async def test_what_the_template_gets() -> None:
@@ -110,6 +111,19 @@ async def test_a_call() -> None:
     assert [event["index"] for event in said if event["type"] == "content_block_stop"] == [0, 1]
 
 
+@pytest.mark.parametrize("wrapped", [True, False])
+async def test_an_answer_that_obeys_a_schema(wrapped: bool) -> None:
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}}
+    form = {"type": "json_schema", "schema": schema}
+    async with scripted.running() as router:
+        router.inference._guidance.admit = lambda grammar: _nothing()  # type: ignore[method-assign]
+        asked = {"output_config": {"format": form}} if wrapped else {"output_format": form}
+        assert (await router.client.post(PATH, json=BODY | asked)).status_code == 200
+        grammar = router.batcher.seen[0].request.grammar
+    assert grammar is not None
+    assert json.loads(grammar.source) == schema
+
+
 async def test_the_stop_sequence_is_named() -> None:
     def script(queued: QueuedRequest) -> None:
         event = TokenEvent(1, Token(1, "a END", -1.0, special=False), None)
@@ -134,6 +148,11 @@ async def test_tokens_are_counted_without_an_answer() -> None:
         ({"max_tokens": 5000}, 422, "invalid_request_error"),
         ({"model": "claude"}, 404, "not_found_error"),
         ({"mcp_servers": [{}]}, 422, "invalid_request_error"),
+        ({"inference_geo": "eu"}, 422, "invalid_request_error"),
+        ({"speed": "fast"}, 422, "invalid_request_error"),
+        ({"output_config": {"effort": "low"}}, 422, "invalid_request_error"),
+        ({"output_config": {"task_budget": {"type": "tokens", "total": 5}}}, 422, "invalid_request_error"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, 422, "invalid_request_error"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, 422, "invalid_request_error"),
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, 422, "invalid_request_error"),
         ({"messages": 5}, 422, "invalid_request_error"),

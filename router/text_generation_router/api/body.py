@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
 from typing import TypeVar
 
 import msgspec
@@ -12,18 +11,13 @@ from starlette.types import Receive, Scope
 
 from text_generation_router.api.disconnect import ClientGone
 from text_generation_router.errors import BodyTooLarge, NotJson, UnsupportedBody, WrongJson
-
-MAX_DEPTH = 64
-"""Levels of arrays and objects in a body. No body of ours needs a dozen."""
+from text_generation_router.json_depth import MAX_DEPTH, is_too_deep
 
 LARGE_BYTES = 256 * 1024
 """A body above this is decoded by a thread: one of 2 MB takes tens of milliseconds, and streams run meanwhile."""
 
 MAX_REASON = 300
 """Characters of the reason why a body is refused."""
-
-_STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 # One after the other: they hold the interpreter's lock most of the time.
 _thread = ThreadPoolExecutor(1, thread_name_prefix="json")
@@ -66,7 +60,7 @@ def _decode(body: bytes, decoder: msgspec.json.Decoder[Body]) -> Body:
         raise NotJson(str(error)) from None
     except RecursionError:
         raise NotJson("recursion limit exceeded") from None
-    if _is_too_deep(body):
+    if is_too_deep(body):
         raise WrongJson(f"recursion limit exceeded: more than {MAX_DEPTH} levels")
     return decoded
 
@@ -99,16 +93,6 @@ async def _read(scope: Scope, receive: Receive, limit: int) -> bytes:
         if not message.get("more_body", False):
             return b"".join(chunks) + chunk if chunks else chunk
         chunks.append(chunk)
-
-
-def _is_too_deep(body: bytes) -> bool:
-    """Whether the brackets of a valid document nest deeper than MAX_DEPTH, without a Python loop over its bytes."""
-    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
-        return False
-    # Without escapes, every other piece between quotes lies outside of strings.
-    outside = body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]
-    brackets = b"".join(outside).translate(None, _NOT_BRACKETS)
-    return max(accumulate(map(_STEPS.__getitem__, brackets)), default=0) > MAX_DEPTH
 
 
 def _reason(message: str) -> str:

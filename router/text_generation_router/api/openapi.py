@@ -91,10 +91,6 @@ class Operation:
     error: Any = ErrorBody
     protected: bool = True
 
-    @property
-    def generates(self) -> bool:
-        return self.event is not None or self.tag in ("Platforms",)
-
 
 TGI, OPENAI, ANTHROPIC, PLATFORMS, SERVICE = "TGI", "OpenAI", "Anthropic", "Platforms", "Service"
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from text_generation_router.errors import ValidationError
+from text_generation_router.json_depth import MAX_DEPTH, is_too_deep
 
 MAX_MESSAGES = 1024
 """Templates look at all of them, some of them again and again."""
@@ -124,9 +124,16 @@ def _tool_call(call: ToolCall) -> dict[str, Any]:
     arguments: Any = given.arguments if given.arguments is not None else (given.parameters or {})
     if isinstance(arguments, str):
         # Templates write arguments as JSON by themselves; a text would be quoted a second time.
-        try:
-            parsed = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
-            raise ValidationError(f"`arguments` of the call of `{given.name}` are no JSON") from None
-        arguments = parsed
+        arguments = _parsed(arguments.encode(), given.name) if arguments.strip() else {}
     return {"id": str(call.id), "type": "function", "function": {"name": given.name, "arguments": arguments}}
+
+
+def _parsed(arguments: bytes, name: str) -> Any:
+    """As strictly as a body: what is no text, or nests too deep, would come to grief in the template."""
+    try:
+        parsed = msgspec.json.decode(arguments)
+    except (msgspec.DecodeError, RecursionError):
+        raise ValidationError(f"`arguments` of the call of `{name}` are no JSON") from None
+    if is_too_deep(arguments):
+        raise ValidationError(f"`arguments` of the call of `{name}` have more than {MAX_DEPTH} levels")
+    return parsed

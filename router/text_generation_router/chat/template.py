@@ -42,13 +42,8 @@ _OURS = frozenset(("messages", "tools", "add_generation_prompt", "raise_exceptio
 """Variables that a request cannot set."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """A prompt in which all special tokens are written out."""
-
-    text: str
-    continues_answer: bool
-    """Whether it ends within an answer that the caller has begun."""
+_END = "\ufdd2"
+"""Behind an answer that is to be continued. No character, by Unicode's word, and free for such uses."""
 
 
 class ChatTemplate:
@@ -90,10 +85,13 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         options: Mapping[str, Any] | None = None,
-    ) -> Rendered:
-        """The prompt. An assistant's message at the end is one to go on with. Raises: TemplateFailed."""
+    ) -> str:
+        """The prompt, in which all special tokens are written out. An assistant's message at the end is one to go on
+        with. Raises: TemplateFailed."""
         last = messages[-1] if messages else {}
         continues = last.get("role") == "assistant" and bool(last.get("content")) and not last.get("tool_calls")
+        if continues:  # marked, since what stands behind it may hold the same text
+            messages = [*messages[:-1], {**last, "content": f"{last['content']}{_END}"}]
         variables = {
             **self._special_tokens,
             **(options or {}),
@@ -114,9 +112,7 @@ class ChatTemplate:
             run.interrupt()
             future.add_done_callback(lambda done: done.cancelled() or done.exception())
             raise
-        if continues:
-            text = _cut_behind(text, str(last["content"]))
-        return Rendered(text, continues)
+        return _up_to_mark(text) if continues else text
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -251,12 +247,11 @@ def _json_file(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _cut_behind(text: str, content: str) -> str:
-    for wanted in (content, content.strip()):
-        at = text.rfind(wanted) if wanted else -1
-        if at >= 0:
-            return text[: at + len(wanted)].rstrip()
-    raise TemplateFailed("it leaves out the assistant's message at the end, which was to be continued")
+def _up_to_mark(text: str) -> str:
+    kept, mark, _ = text.rpartition(_END)
+    if not mark:
+        raise TemplateFailed("it leaves out the assistant's message at the end, which was to be continued")
+    return kept.rstrip()
 
 
 # ---------------------------------------------------------------------------------------------------

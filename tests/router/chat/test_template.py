@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from text_generation_router.chat import template as templates
-from text_generation_router.chat.template import ChatTemplate, Rendered, load_template
+from text_generation_router.chat.template import ChatTemplate, load_template
 from text_generation_router.config import ConfigError
 from text_generation_router.errors import TemplateFailed
 
@@ -20,7 +20,7 @@ CHATML = (
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
-async def render(source: str, messages: list[dict[str, Any]] = HELLO, **options: Any) -> Rendered:
+async def render(source: str, messages: list[dict[str, Any]] = HELLO, **options: Any) -> str:
     template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
     try:
         return await template.render(messages, **options)
@@ -29,12 +29,22 @@ async def render(source: str, messages: list[dict[str, Any]] = HELLO, **options:
 
 
 async def test_a_prompt_ends_where_the_answer_begins() -> None:
-    assert await render(CHATML) == Rendered("<|user|>Hello</s>\n<|assistant|>", False)
+    assert await render(CHATML) == "<|user|>Hello</s>\n<|assistant|>"
 
 
 async def test_an_answer_at_the_end_is_continued() -> None:
     messages = [*HELLO, {"role": "assistant", "content": "Hello, how "}]
-    assert await render(CHATML, messages) == Rendered("<|user|>Hello</s>\n<|assistant|>Hello, how", True)
+    assert await render(CHATML, messages) == "<|user|>Hello</s>\n<|assistant|>Hello, how"
+
+
+@pytest.mark.parametrize("begun", ["|", "<", "end", "im_end|>", "  indented", "</s>"])
+async def test_an_answer_is_continued_behind_itself_and_not_behind_its_like(begun: str) -> None:
+    chatml = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    prompt = await render(chatml, [*HELLO, {"role": "assistant", "content": begun}])
+    assert prompt == f"<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n{begun}"
 
 
 async def test_an_answer_that_the_template_leaves_out_cannot_be_continued() -> None:
@@ -57,7 +67,7 @@ async def test_an_answer_that_the_template_leaves_out_cannot_be_continued() -> N
     ],
 )
 async def test_what_templates_use(source: str, text: str) -> None:
-    assert (await render(source)).text == text
+    assert await render(source) == text
 
 
 async def test_a_template_that_refuses_says_why() -> None:
@@ -98,7 +108,7 @@ async def test_an_endless_template_is_stopped(body: str, monkeypatch: pytest.Mon
     with pytest.raises(TemplateFailed, match="more than"):
         await template.render(HELLO)
     # The thread is free again for the next request.
-    assert (await template.render([{"role": "user", "content": "Bye"}])).text == "ok"
+    assert await template.render([{"role": "user", "content": "Bye"}]) == "ok"
     assert time.perf_counter() - started < 60
     template.close()
 
@@ -160,7 +170,7 @@ async def test_a_file_of_the_users_choice_goes_first(tmp_path: Path) -> None:
     chosen.write_text(json.dumps({"chat_template": "{{ bos_token }}{{ eos_token }}", "bos_token": {"content": "<b>"}}))
     templates = load_template(tmp_path, str(chosen))
     assert templates is not None
-    assert (await templates.default.render(HELLO)).text == "<b></s>"
+    assert await templates.default.render(HELLO) == "<b></s>"
     bare = tmp_path / "bare.jinja"
     bare.write_text("bare")
     assert (templates := load_template(tmp_path, str(bare))) is not None

@@ -91,7 +91,7 @@ class MessageRoutes:
 
         async def ask() -> Stream:
             chat = await self._ask(body)
-            frames = _MessageFrames(self._answers, chat, answering.totals)
+            frames = _MessageFrames(self._answers, chat, answering)
             return Stream(requests=[chat.request], frames=frames, error_frame=_error_frame)
 
         await answering.stream(ask)
@@ -163,9 +163,9 @@ def _object(text: str) -> Any:
 class _MessageFrames:
     """Batches of events -> events of Anthropic's stream."""
 
-    def __init__(self, answers: Answers, chat: Chat, totals: Totals) -> None:
+    def __init__(self, answers: Answers, chat: Chat, answering: Answering) -> None:
         self._answers = answers
-        self._totals = totals
+        self._answering = answering
         self._text = chat.new_text()
         self._begun = False
         self._index = -1
@@ -176,8 +176,8 @@ class _MessageFrames:
         frames: list[bytes] = []
         if not self._begun:
             self._begun = True
-            # How many tokens the prompt has is known at the end; the last event says it again.
-            message = _message(self._answers, MessageUsage(0, 0))
+            prompt, cached = self._answering.prompt_tokens
+            message = _message(self._answers, MessageUsage(prompt - cached, 0, cached))
             frames.append(_frame("message_start", StreamEvent("message_start", message=message)))
         for event in batch[1]:
             if not isinstance(event, PrefillEvent):
@@ -188,7 +188,9 @@ class _MessageFrames:
         frames += self._close()
         reason, stop = _stop_of(self._text)
         frames.append(
-            _frame("message_delta", EndEvent("message_delta", StopDelta(reason, stop), usage_of(self._totals)))
+            _frame(
+                "message_delta", EndEvent("message_delta", StopDelta(reason, stop), usage_of(self._answering.totals))
+            )
         )
         frames.append(_frame("message_stop", StreamEvent("message_stop")))
         return b"".join(frames), True

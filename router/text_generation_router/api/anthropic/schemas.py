@@ -69,6 +69,18 @@ class Thinking(msgspec.Struct, frozen=True):
     budget_tokens: U32 | None = None
 
 
+class OutputFormat(msgspec.Struct, frozen=True):
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
+class OutputConfig(msgspec.Struct, frozen=True):
+    format: OutputFormat | None = None
+    effort: str | None = None
+    task_budget: Any = None
+    """Refused."""
+
+
 class MessagesBody(msgspec.Struct, frozen=True, kw_only=True):
     model: ShortText
     messages: list[Turn]
@@ -83,10 +95,17 @@ class MessagesBody(msgspec.Struct, frozen=True, kw_only=True):
     tools: list[ToolDefinition] | None = None
     tool_choice: Choice | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None
+    """Its first name, of the beta."""
     metadata: Any = None
     service_tier: str | None = None
+    # Refused.
     container: Any = None
+    context_management: Any = None
+    inference_geo: Any = None
     mcp_servers: Any = None
+    speed: str | None = None
 
 
 # ---------------------------------------------------------------------------------------------------

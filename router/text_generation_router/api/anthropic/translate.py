@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from text_generation_router.api.anthropic.schemas import (
     MessagesBody,
+    OutputConfig,
+    OutputFormat,
     RedactedThinkingBlock,
     TextBlock,
     ThinkingBlock,
@@ -25,13 +28,19 @@ MAX_BLOCKS = 4 * MAX_MESSAGES
 
 def chat_of(body: MessagesBody) -> ChatBody:
     """Raises: ValidationError."""
-    for name in ("container", "mcp_servers"):
+    for name in ("container", "context_management", "inference_geo", "mcp_servers"):
         if getattr(body, name):
             raise ValidationError(f"`{name}` is not supported")
+    if body.speed not in (None, "standard"):
+        raise ValidationError(f"`speed` {body.speed} is not supported: there is one for all")
     if body.service_tier not in (None, "auto", "standard_only"):
         raise ValidationError(f"`service_tier` {body.service_tier} is not supported")
     if body.thinking is not None and body.thinking.type != "disabled":
         raise ValidationError("`thinking` cannot be asked for: this model thinks, or not, as its chat template says")
+    output = body.output_config or OutputConfig()
+    if output.task_budget is not None:
+        raise ValidationError("`output_config.task_budget` is not supported: `max_tokens` bounds the answer")
+    output_format = output.format or body.output_format
     choice = body.tool_choice
     tool_choice: str | NamedTool | None = None
     if choice is not None:
@@ -54,7 +63,13 @@ def chat_of(body: MessagesBody) -> ChatBody:
         tools=tools,
         tool_choice=tool_choice,
         parallel_tool_calls=False if one_call and tools else None,
+        response_format=None if output_format is None else _response_format(output_format),
+        reasoning_effort=output.effort,
     )
+
+
+def _response_format(asked: OutputFormat) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "output", "schema": asked.schema}}
 
 
 def _tool(tool: ToolDefinition) -> ToolBody:

@@ -32,6 +32,8 @@ class Answers:
     fingerprint: str
     """Version and build, as `system_fingerprint`."""
     max_client_batch_size: int
+    prefill_logprobs: bool
+    """Whether the shards can tell the logprobs of a prompt."""
 
     def new_id(self, prefix: str) -> str:
         return f"{prefix}-{secrets.token_hex(12)}"

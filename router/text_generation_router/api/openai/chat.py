@@ -115,8 +115,11 @@ class ChatRoutes:
         await send_body(send, await until_disconnect(receive, answer()), JSON)
 
     async def request_of(self, body: bytes) -> GenerateRequest:
-        """What the body of a chat asks of the model. Raises: BodyError, RouterError."""
-        return (await self.ask(await decode(body, _chat_body))).request
+        """What the body of a chat asks of the model, where the answer is one text. Raises: BodyError, RouterError."""
+        chat = await decode(body, _chat_body)
+        if chat.stream or chat.logprobs or chat.n not in (None, 1):
+            raise ValidationError("the answer is one text here: `stream`, `logprobs` and `n` > 1 are not supported")
+        return (await self.ask(chat)).request
 
     async def _whole(self, scope: Scope, send: Send, body: ChatBody) -> None:
         answers = self._answers
@@ -220,7 +223,7 @@ class ChatRoutes:
         if self._plain_text is not None:
             messages, known_tools = self._plain_text.hide([messages, known_tools], hidden)
         prompt = await template.render(messages, tools=known_tools, options=options)
-        return pieces_of(prompt.text, hidden) if hidden else [(prompt.text, False)]
+        return pieces_of(prompt, hidden) if hidden else [(prompt, False)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +263,9 @@ class _ChatFrames:
         self._totals = totals
         self._texts = [chat.new_text() for _ in range(chat.num_choices)]
         self._begun = [False] * chat.num_choices
+        self._may_call = chat.tools is not None
+        self._is_null = [False] * chat.num_choices
+        """Whether the content is null as far as it was sent: that of a whole answer is, where there are only calls."""
         self._num_left = chat.num_choices
         self._with_logprobs = bool(body.logprobs)
         self._include_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -291,12 +297,17 @@ class _ChatFrames:
 
     def _frames(self, index: int, event: TokenEvent) -> list[bytes]:
         frames: list[bytes] = []
-        if not self._begun[index] and not self._is_tgis:  # which wants the role in every chunk
-            frames.append(self._frame(index, Delta("assistant", "")))
-        self._begun[index] = True
         text = self._texts[index]
         parts, tokens = text.add(event)
         deltas = [self._tgi_delta(part) if self._is_tgis else delta_of(part) for part in parts]
+        if not self._begun[index] and not self._is_tgis:  # which wants the role in every chunk
+            self._is_null[index] = self._may_call
+            frames.append(self._frame(index, Delta("assistant", None if self._may_call else "")))
+        self._begun[index] = True
+        if any(isinstance(part, Content) for part in parts):
+            self._is_null[index] = False
+        if self._is_null[index] and text.finish_reason is not None and not text.num_calls:
+            deltas.append(Delta(content=""))
         logprobs = None
         if self._with_logprobs and tokens:
             logprobs = ChatLogprobs(logprob_bodies(tokens, self._answers.texts))

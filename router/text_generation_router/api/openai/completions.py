@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,10 +26,13 @@ from text_generation_router.api.schemas import as_f32
 from text_generation_router.api.sse import frame
 from text_generation_router.errors import ValidationError
 from text_generation_router.generate_request import GenerateRequest
+from text_generation_router.guidance.formats import response_format
 from text_generation_router.scheduling.requests import Event, PrefillEvent, PrefillToken, TokenEvent
 
 _completion_body = msgspec.json.Decoder(CompletionBody)
 _encode = msgspec.json.Encoder().encode
+
+_utf_8 = codecs.getincrementaldecoder("utf-8")
 
 ROUTE = "completions"
 
@@ -86,6 +90,13 @@ class CompletionRoutes:
         """One for each prompt. Raises: RouterError."""
         self._answers.served.check_model(body.model)
         parameters, more = completion_parameters(body)
+        if parameters.decoder_input_details and not self._answers.prefill_logprobs:
+            raise ValidationError(
+                "`echo` with `logprobs` asks for the logprobs of the prompt: start the server with "
+                "`--enable-prefill-logprobs`, or leave one of them out"
+            )
+        if body.response_format is not None:
+            more = msgspec.structs.replace(more, grammar=response_format(body.response_format))
         prompts = prompts_of(body.prompt, self._answers.max_client_batch_size)
         longest = self._answers.inference.limits.max_input_tokens
         for prompt in prompts:
@@ -118,6 +129,8 @@ class _Text:
     num_shown: int = 0
     """Characters before the next token: prompts count where they are echoed."""
     _logprobs: list[float] = field(default_factory=list)
+    _characters: codecs.IncrementalDecoder = field(default_factory=lambda: _utf_8(errors="replace"))
+    """A character may be several tokens: it counts with the last of them."""
 
     def take(self, events: Sequence[Event]) -> None:
         for event in events:
@@ -157,14 +170,21 @@ class _Text:
             for tops in [event.top_tokens or ()]
         ]
         for token_id, logprob, top in [*prompt, *output]:
-            token = _shown(text_of(token_id))
-            lists.tokens.append(token)
+            raw = text_of(token_id)
+            lists.tokens.append(_shown(raw))
             lists.token_logprobs.append(as_f32(logprob))
             if lists.top_logprobs is not None:
                 lists.top_logprobs.append(top)
             lists.text_offset.append(self.num_shown)
-            self.num_shown += len(token)
+            if not self._is_hidden(token_id, _shown(raw)):
+                self.num_shown += len(self._characters.decode(raw))
         return lists
+
+    def _is_hidden(self, token_id: int, spelling: str) -> bool:
+        """Whether a token is special and not in the text: nobody wrote it into the prompt that is echoed."""
+        echo = self.request.inputs if self.asked.echo else ""
+        is_special = token_id in self.answers.tokenizer.special_ids
+        return is_special and not echo.startswith(spelling, self.num_shown)
 
 
 def _shown(raw: bytes) -> str:

@@ -21,8 +21,24 @@ REFUSED = {
     "function_call": "use `tool_choice`",
     "prediction": "outputs are not predicted here",
     "web_search_options": "this server searches nothing",
+    "moderation": "nothing is moderated here",
 }
 """Fields of a chat that mean something and are not there."""
+NOT_HERE = {
+    "min_p": "use `top_p`, `top_k` or `typical_p`",
+    "min_tokens": "use `ignore_eos`, which goes on to `max_tokens`",
+    "stop_token_ids": "use `stop`",
+    "bad_words": "use `logit_bias`",
+    "allowed_token_ids": "use `logit_bias`, or a grammar",
+    "use_beam_search": "use `n`",
+    "structured_outputs": "use `response_format`",
+    "guided_json": "use `response_format`",
+    "guided_regex": "use `response_format`",
+    "guided_choice": "use `response_format`",
+    "guided_grammar": "use `response_format`",
+    "grammar": "use `response_format`",
+}
+"""What other servers, or TGI's own routes, add to OpenAI's fields, and an answer would depend on."""
 
 
 def parameters_of(
@@ -38,6 +54,9 @@ def parameters_of(
         raise ValidationError("`top_p` must be >= 0.0 and <= 1.0")
     if body.n is not None and not 0 < body.n <= MAX_CHOICES:
         raise ValidationError(f"`n` must be > 0 and <= {MAX_CHOICES}. Given: {body.n}")
+    for name, reason in NOT_HERE.items():
+        if getattr(body, name):
+            raise ValidationError(f"`{name}` is not supported: {reason}")
     if body.stream_options is not None:
         _check_stream_options(body)
     top_k, top_p = body.top_k, body.top_p
@@ -85,8 +104,12 @@ def chat_parameters(body: ChatBody) -> tuple[GenerateParameters, MoreParameters]
         raise ValidationError("`verbosity` is not supported: say in a message how long the answer should be")
     if body.tools is None and body.parallel_tool_calls is not None:
         raise ValidationError("`parallel_tool_calls` is only allowed with `tools`")
+    if body.top_logprobs and not body.logprobs:
+        raise ValidationError("`top_logprobs` is only allowed with `logprobs` true")
     if body.top_logprobs is not None and body.top_logprobs > MAX_TOP_LOGPROBS:
         raise ValidationError(f"`top_logprobs` must be >= 0 and <= {MAX_TOP_LOGPROBS}. Given: {body.top_logprobs}")
+    if body.best_of not in (None, 1):
+        raise ValidationError("`best_of` is not supported: use `n`")
     both = body.max_tokens is not None and body.max_completion_tokens is not None
     if both and body.max_tokens != body.max_completion_tokens:
         raise ValidationError("`max_tokens` and `max_completion_tokens` are two names of one field and differ")

@@ -104,7 +104,9 @@ class ResponsesBody(msgspec.Struct, frozen=True, kw_only=True):
     conversation: Any = None
     previous_response_id: str | None = None
     prompt: Any = None
+    context_management: Any = None
     max_tool_calls: U32 | None = None
+    moderation: Any = None
     top_logprobs: U32 | None = None
 
 
@@ -113,6 +115,8 @@ REFUSED = {
     "conversation": "nothing is kept here: send the whole conversation as `input`",
     "previous_response_id": "nothing is kept here: send the whole conversation as `input`",
     "prompt": "there are no stored prompts",
+    "context_management": "a conversation that is too long is refused",
+    "moderation": "nothing is moderated here",
     "max_tool_calls": "this server calls no tools by itself",
     "top_logprobs": "use `/v1/chat/completions`",
 }

@@ -48,6 +48,20 @@ class SamplingFields(msgspec.Struct, frozen=True, kw_only=True):
     typical_p: F32 | None = None
     ignore_eos: bool | None = None
     priority: Priority | None = None
+    response_format: Any = None
+    # Refused: see `parameters.NOT_HERE`.
+    allowed_token_ids: Any = None
+    bad_words: Any = None
+    grammar: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    min_p: Any = None
+    min_tokens: Any = None
+    stop_token_ids: Any = None
+    structured_outputs: Any = None
+    use_beam_search: Any = None
 
 
 class ChatBody(SamplingFields, frozen=True, kw_only=True):
@@ -57,7 +71,6 @@ class ChatBody(SamplingFields, frozen=True, kw_only=True):
     max_completion_tokens: U32 | None = None
     logprobs: bool | None = None
     top_logprobs: U32 | None = None
-    response_format: Any = None
     tools: list[ToolBody] | None = None
     tool_choice: str | NamedTool | UnsetType | None = UNSET
     tool_prompt: str | None = None
@@ -74,8 +87,10 @@ class ChatBody(SamplingFields, frozen=True, kw_only=True):
     modalities: list[str] | None = None
     # Refused.
     audio: Any = None
+    best_of: U32 | None = None
     functions: Any = None
     function_call: Any = None
+    moderation: Any = None
     prediction: Any = None
     reasoning_effort: str | None = None
     verbosity: str | None = None
@@ -83,8 +98,11 @@ class ChatBody(SamplingFields, frozen=True, kw_only=True):
 
     @property
     def is_of_tgis_client(self) -> bool:
-        """Whether the package `text-generation` sent it, which says every field that it has, and nobody else does."""
-        return UNSET not in (self.repetition_penalty, self.logit_bias, self.tool_choice)
+        """Whether the package `text-generation` sent it, which says every field that it has, null where it was not
+        told, and none that it does not have. Biases are a list there, which nobody can use."""
+        says_all = UNSET not in (self.repetition_penalty, self.logit_bias, self.tool_choice)
+        says_more = (self.stop, self.stream_options, self.max_completion_tokens, self.top_k) != (None,) * 4
+        return says_all and not says_more and not self.logit_bias
 
 
 class CompletionBody(SamplingFields, frozen=True, kw_only=True):
