@@ -186,8 +186,7 @@ class Batcher:
         if self._shards.num_in_flight:
             until = self.door.wait_while_busy(self._step_ends_at())
         elif first is not None and not self._scheduler.running:
-            prompt_s = self._scheduler.costs.prompt_s(first.num_prompt_tokens, 0)
-            until = self.door.wait_while_idle(first.enqueued_at, prompt_s)
+            until = self.door.wait_while_idle(first.enqueued_at)
         else:
             return False
         wait_s = until - time.perf_counter()
