@@ -38,7 +38,9 @@ _UNARY_TIMEOUT_S = 60.0
 _RESET_TIMEOUT_S = 5.0
 """A shard takes a reset behind the step it is in; when that takes longer, the reset is tried again."""
 _HEALTH_TIMEOUT_S = 5.0
-_WATCH_EVERY_S = 0.5
+_WATCH_EVERY_S = 0.25
+_WATCH_TIMEOUT_S = 0.5
+"""With the interval less than the second that is promised for finding a shard that hangs, once its time is over."""
 STALL_LIMIT_PER_TOKEN_S = 0.01
 """A shard reports progress after every layer. One that reports none for the stall timeout, and so much longer for each
 token of its step, hangs: a layer takes far less, and a first step that compiles kernels takes less as well."""
@@ -148,7 +150,7 @@ class ShardGroup:
             if self._failed or time.monotonic() - begun_at < limit_s / 2:
                 continue
             epoch = self.epoch
-            ages_s = await asyncio.gather(*(client.progress_age_s(_WATCH_EVERY_S) for client in self._clients))
+            ages_s = await asyncio.gather(*(client.progress_age_s(_WATCH_TIMEOUT_S) for client in self._clients))
             now = time.monotonic()
             for rank, age_s in enumerate(ages_s):
                 # One that is idle has ended the step; where all are, it never began. No answer says nothing yet.
