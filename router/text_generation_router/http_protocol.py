@@ -154,9 +154,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self.cycle.response_complete and not self.transport.is_closing():
             # It was answered before its body was there; from now on the connection is idle.
             self._unset_keepalive_if_required()
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+            self._await_next_request()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -176,9 +174,11 @@ class HttpProtocol(HttpToolsProtocol):
         if now - self._taken_at > WRITE_STALL_S - self.timeout_keep_alive:
             self._abort()  # to close would wait for a client that does not read
         else:
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+            self._await_next_request()
+
+    def _await_next_request(self) -> None:
+        """As uvicorn does behind an answer."""
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def _decline_upgrade(self, rest: bytes) -> None:
         """Parse a request again as if it offered no upgrade (to HTTP/2, say). ``rest`` follows its headers.

@@ -263,8 +263,7 @@ class _ChatFrames:
         self._totals = totals
         self._texts = [chat.new_text() for _ in range(chat.num_choices)]
         self._begun = [False] * chat.num_choices
-        self._may_call = chat.tools is not None
-        self._is_null = [False] * chat.num_choices
+        self._is_null = [chat.tools is not None and not chat.is_tgis] * chat.num_choices
         """Whether the content is null as far as it was sent: that of a whole answer is, where there are only calls."""
         self._num_left = chat.num_choices
         self._with_logprobs = bool(body.logprobs)
@@ -301,8 +300,7 @@ class _ChatFrames:
         parts, tokens = text.add(event)
         deltas = [self._tgi_delta(part) if self._is_tgis else delta_of(part) for part in parts]
         if not self._begun[index] and not self._is_tgis:  # which wants the role in every chunk
-            self._is_null[index] = self._may_call
-            frames.append(self._frame(index, Delta("assistant", None if self._may_call else "")))
+            frames.append(self._frame(index, Delta("assistant", None if self._is_null[index] else "")))
         self._begun[index] = True
         if any(isinstance(part, Content) for part in parts):
             self._is_null[index] = False

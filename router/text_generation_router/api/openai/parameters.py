@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
+
+import msgspec
 
 from text_generation_router.api.openai.schemas import ChatBody, CompletionBody, SamplingFields
 from text_generation_router.errors import BatchTooLarge, SuffixUnsupported, ValidationError
@@ -41,6 +44,13 @@ NOT_HERE = {
 """What other servers, or TGI's own routes, add to OpenAI's fields, and an answer would depend on."""
 
 
+def refuse(body: msgspec.Struct, reasons: Mapping[str, str]) -> None:
+    """Fields that are not honoured, by name and why; what they say by default passes. Raises: ValidationError."""
+    for name, reason in reasons.items():
+        if getattr(body, name):
+            raise ValidationError(f"`{name}` is not supported: {reason}")
+
+
 def parameters_of(
     body: SamplingFields, *, max_tokens: int | None, top_n_tokens: int, details: bool
 ) -> tuple[GenerateParameters, MoreParameters]:
@@ -54,9 +64,7 @@ def parameters_of(
         raise ValidationError("`top_p` must be >= 0.0 and <= 1.0")
     if body.n is not None and not 0 < body.n <= MAX_CHOICES:
         raise ValidationError(f"`n` must be > 0 and <= {MAX_CHOICES}. Given: {body.n}")
-    for name, reason in NOT_HERE.items():
-        if getattr(body, name):
-            raise ValidationError(f"`{name}` is not supported: {reason}")
+    refuse(body, NOT_HERE)
     if body.stream_options is not None:
         _check_stream_options(body)
     top_k, top_p = body.top_k, body.top_p

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from text_generation_router.api.openai.parameters import refuse
 from text_generation_router.api.openai.schemas import ChatBody
 from text_generation_router.chat.messages import MAX_MESSAGES, FunctionCall, MessageBody, ToolCall
 from text_generation_router.chat.tools import FunctionBody, NamedFunction, NamedTool, ToolBody
@@ -124,9 +125,7 @@ REFUSED = {
 
 def chat_of(body: ResponsesBody) -> ChatBody:
     """Raises: ValidationError."""
-    for name, reason in REFUSED.items():
-        if getattr(body, name):
-            raise ValidationError(f"`{name}` is not supported: {reason}")
+    refuse(body, REFUSED)
     if body.truncation not in (None, "disabled"):
         raise ValidationError("`truncation` is not supported: a conversation that is too long is refused")
     if body.include:
