@@ -55,6 +55,8 @@ class FakeShard(TextGenerationServicer):
     """A sequence whose prompt holds it fails alone."""
     crash_token: int | None = None
     """A step that computes a sequence whose prompt holds it fails as a whole."""
+    most_rows: int | None = None
+    """A step with more decode rows fails as a whole."""
     out_of_memory: bool = False
     """Whether that is why steps fail."""
     incarnation: int = 1
@@ -146,7 +148,8 @@ class FakeShard(TextGenerationServicer):
             return self._refuse(result)
         for sequence_id in step.drops:
             self.sequences.pop(sequence_id, None)
-        if self._crashes(step):
+        has_too_many = self.most_rows is not None and len(step.decode.sequence_ids) > self.most_rows
+        if has_too_many or self._crashes(step):
             return self._refuse(result)
         for new in step.prefill.new_sequences:
             assert new.num_cached_tokens < len(new.token_ids)

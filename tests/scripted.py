@@ -13,6 +13,7 @@ import httpx2
 from builders import byte_tokenizer
 from starlette.types import ASGIApp
 from text_generation_proto.grammars import Grammar
+from text_generation_router.admission import Admission
 from text_generation_router.api.schemas import Info
 from text_generation_router.api.service import ServiceRoutes
 from text_generation_router.app import Access, build_app
@@ -107,6 +108,7 @@ class ScriptedBatcher:
     """Stands in for `Batcher`."""
 
     script: Script = hello
+    max_queue_size: int | None = None
     is_ready: bool = True
     running: list[QueuedRequest] = field(default_factory=list)
     """Every request that was enqueued and not cancelled; `Generation` cancels all of them when it is left."""
@@ -126,8 +128,8 @@ class ScriptedBatcher:
         return self.is_ready
 
     @property
-    def num_waiting(self) -> int:
-        return len(self.running)
+    def is_full(self) -> bool:
+        return self.max_queue_size is not None and len(self.running) >= self.max_queue_size
 
     def turn_away(self) -> int:
         return 7
@@ -153,7 +155,7 @@ class Router:
 
     @property
     def permits_taken(self) -> int:
-        return self.inference.permits.num_taken
+        return self.inference.admission.permits.num_taken
 
     def take_any_grammar(self) -> None:
         """Without a worker that compiles it."""
@@ -241,16 +243,15 @@ async def running(
     the_limits = limits(**limit_changes)
     metrics = Metrics(max_input_tokens=the_limits.max_input_tokens, max_total_tokens=the_limits.max_total_tokens)
     tokenizer = RouterTokenizer(byte_tokenizer(), vocab_size=the_limits.vocab_size, num_workers=2)
-    batcher = ScriptedBatcher(script)
+    batcher = ScriptedBatcher(script, max_queue_size)
     guidance = Guidance("no tokenizer", the_limits.vocab_size, [256], compile_on_shard=_compiled)
     inference = Inference(
         cast("Batcher", batcher),
         tokenizer,
         the_limits,
         metrics,
-        max_concurrent_requests,
         guidance,
-        max_queue_size=max_queue_size,
+        Admission(cast("Batcher", batcher), max_concurrent_requests),
     )
     service = ServiceRoutes(tokenizer, inference, metrics, info(), payload_limit=payload_limit)
     drain = Drain()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from text_generation_router.admission import Admission
 from text_generation_router.api.caller import tenant_of_key
 from text_generation_router.chat.template import ROOM_FOR_TEMPLATE, ChatTemplates, load_template
 from text_generation_router.config import ConfigError, RouterConfig, RouterFlags, check_counts, resolve, warmup_limits
@@ -140,7 +141,7 @@ async def _start_generation(
         fair_shares=flags.fair_shares,
     )
     detokenizer = Detokenizer(tokenizer.tokenizer, tokenizer.special_ids)
-    batcher = Batcher(shards, scheduler, detokenizer, metrics)
+    batcher = Batcher(shards, scheduler, detokenizer, metrics, max_queue_size=flags.max_queue_size)
     with _timed(seconds, "grammars"):
         await guidance.prepared()
     with _failing_as("Backend failed"):
@@ -152,10 +153,8 @@ async def _start_generation(
         tokenizer,
         config.limits,
         metrics,
-        config.max_concurrent_requests,
         guidance,
-        max_queue_size=flags.max_queue_size,
-        tenants=_tenants(flags),
+        Admission(batcher, config.max_concurrent_requests, _tenants(flags)),
     )
     return Backend(
         info=info,
@@ -182,7 +181,11 @@ async def _start_encoder(
     tokenizer = _load_tokenizer(flags, info, stack, seconds)
     metrics = Metrics(max_input_tokens=longest, max_total_tokens=longest)
     batcher = EncoderBatcher(
-        shards, metrics=metrics, max_tokens=max_tokens, vector_bytes=info.embedding.dimensions * FLOAT_BYTES
+        shards,
+        metrics=metrics,
+        max_tokens=max_tokens,
+        vector_bytes=info.embedding.dimensions * FLOAT_BYTES,
+        max_queue_size=flags.max_queue_size,
     )
     batching = asyncio.create_task(batcher.run(), name="batching")
     stack.push_async_callback(end_task, batching)
@@ -191,8 +194,8 @@ async def _start_encoder(
         tokenizer,
         info.embedding,
         metrics,
+        Admission(batcher, flags.max_concurrent_requests, _tenants(flags)),
         vocab_size=info.vocab_size,
-        max_concurrent_requests=flags.max_concurrent_requests,
     )
     return Backend(
         info=info,

@@ -5,19 +5,16 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections import Counter
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from text_generation_router.admission import Admission, Permit, in_time, left_s
 from text_generation_router.config import Limits
 from text_generation_router.errors import (
     DeadlineExceeded,
     IncompleteGeneration,
-    Overloaded,
     RouterError,
-    ShuttingDown,
     first_of,
 )
 from text_generation_router.generate_request import NOBODY, Caller, GenerateRequest
@@ -116,58 +113,6 @@ class Generation:
         self._permit.release()
 
 
-class Permit:
-    """A place among ``max_concurrent_requests``, given back once."""
-
-    __slots__ = ("_permits", "_tenant")
-
-    def __init__(self, permits: Permits | None, tenant: bytes = b"") -> None:
-        """None: another permit stands for this one."""
-        self._permits = permits
-        self._tenant = tenant
-
-    def release(self) -> None:
-        if self._permits is not None:
-            self._permits.give_back(self._tenant)
-            self._permits = None
-
-
-RESERVED_SHARE = 4
-"""One part in so many of the places is divided among the API keys, each its own; the rest is for who comes first."""
-
-
-class Permits:
-    """Counts the requests inside the server; none left is an immediate refusal, never a wait.
-
-    Where several API keys share the server, none of them can take all places: a few are kept for each of the others.
-    """
-
-    def __init__(self, max_concurrent_requests: int, tenants: Collection[bytes] = ()) -> None:
-        """``tenants``: who may come at any time, and is to find a place then."""
-        self.limit = max_concurrent_requests
-        self.num_taken = 0
-        self._kept = self.limit // (RESERVED_SHARE * len(tenants)) if len(tenants) > 1 else 0
-        self._taken: Counter[bytes] = Counter()
-        self._tenants = tenants
-
-    def take(self, tenant: bytes = b"") -> Permit:
-        """Raises: Overloaded."""
-        kept = 0
-        if self._kept:
-            kept = sum(max(self._kept - self._taken[other], 0) for other in self._tenants if other != tenant)
-        if self.num_taken + kept >= self.limit:
-            raise Overloaded()
-        self.num_taken += 1
-        self._taken[tenant] += 1
-        return Permit(self, tenant)
-
-    def give_back(self, tenant: bytes) -> None:
-        self.num_taken -= 1
-        self._taken[tenant] -= 1
-        if not self._taken[tenant]:
-            del self._taken[tenant]
-
-
 class Inference:
     def __init__(
         self,
@@ -175,17 +120,11 @@ class Inference:
         tokenizer: RouterTokenizer,
         limits: Limits,
         metrics: Metrics,
-        max_concurrent_requests: int,
         guidance: Guidance,
-        *,
-        max_queue_size: int | None = None,
-        tenants: Collection[bytes] = (),
+        admission: Admission,
     ) -> None:
-        """``max_queue_size``: requests that may wait; None: as many as have permits. ``tenants``: see `Permits`."""
         self.limits = limits
-        self.permits = Permits(max_concurrent_requests, tenants)
-        self._max_queue_size = max_queue_size
-        self.draining = False
+        self.admission = admission
         self._batcher = batcher
         self._tokenizer = tokenizer
         self._metrics = metrics
@@ -193,7 +132,7 @@ class Inference:
 
     def drain(self) -> None:
         """Take nothing new. What runs may finish."""
-        self.draining = True
+        self.admission.drain()
 
     def give_up(self) -> None:
         """No shard will be started again: what waits for one fails."""
@@ -201,7 +140,7 @@ class Inference:
 
     def ready(self) -> bool:
         """Whether a request sent now would be served: the shards make progress and nothing drains."""
-        return not self.draining and self._batcher.ready()
+        return not self.admission.draining and self._batcher.ready()
 
     async def stream(self, request: GenerateRequest, caller: Caller = NOBODY) -> Generation:
         """Start a generation whose events are read one by one.
@@ -254,22 +193,6 @@ class Inference:
                     if event.finished is not None:
                         return Choice(event.finished, tokens, prefill, top_tokens)
 
-    def reserve(self, count: int, caller: Caller = NOBODY) -> list[Permit]:
-        """Places for so many generations, all or none. Raises: ShuttingDown, Overloaded."""
-        if self.draining:
-            raise ShuttingDown
-        permits: list[Permit] = []
-        try:
-            if self._max_queue_size is not None and self._batcher.num_waiting >= self._max_queue_size:
-                raise Overloaded
-            while len(permits) < count:
-                permits.append(self.permits.take(caller.tenant))
-        except Overloaded:
-            for permit in permits:
-                permit.release()
-            raise Overloaded(self._batcher.turn_away()) from None
-        return permits
-
     async def start(self, request: GenerateRequest, caller: Caller, permit: Permit | None = None) -> Generation:
         """Start one generation, whatever the shape of the answer. ``permit``: one that was reserved; it is given back
         with the generation, or when this fails.
@@ -277,18 +200,10 @@ class Inference:
         Raises: ShuttingDown, Overloaded, ValidationError, DeadlineExceeded.
         """
         if permit is None:
-            (permit,) = self.reserve(1, caller)
+            (permit,) = self.admission.reserve(1, caller)
         try:
-            if caller.timeout_s is None:
+            async with in_time(caller):
                 valid, validation_s = await self._validate(request, caller)
-            else:
-                try:
-                    async with asyncio.timeout(_left_s(caller)) as limit:
-                        valid, validation_s = await self._validate(request, caller)
-                except TimeoutError:
-                    if limit.expired():
-                        raise DeadlineExceeded(caller.timeout_s) from None
-                    raise
             queued = QueuedRequest(valid, validation_s)
             self._batcher.enqueue(queued)
             return Generation(queued, self._batcher, permit, self._deadline(queued, caller))
@@ -321,10 +236,4 @@ class Inference:
         if caller.timeout_s is None:
             return None
         loop = asyncio.get_running_loop()
-        return loop.call_later(_left_s(caller), self._batcher.expire, queued, DeadlineExceeded(caller.timeout_s))
-
-
-def _left_s(caller: Caller) -> float:
-    """Of the time that it gave its request."""
-    assert caller.timeout_s is not None
-    return max(caller.asked_at + caller.timeout_s - time.perf_counter(), 0.0)
+        return loop.call_later(left_s(caller), self._batcher.expire, queued, DeadlineExceeded(caller.timeout_s))

@@ -218,7 +218,7 @@ HELP = {
     "step_overhead_duration": "Seconds of a step that are not model execution, from the end of the one before it.",
     "preemption_count": "Times that a request lost its KV blocks to an older one and had to be computed again.",
     "request_replay_count": "Times that a request went on from its token log after the shards failed.",
-    "out_of_memory_count": "Steps that ran out of memory.",
+    "out_of_memory_count": "Steps, or batches of texts, that ran out of memory.",
     "batch_max_prefill_tokens": "Tokens of prompts that a step may take in.",
     "kv_cache_usage": "Share of the KV cache's blocks in use, 0 to 1.",
     "kv_cache_blocks_total": "Blocks of the KV cache.",

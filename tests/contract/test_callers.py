@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import scripted
 from text_generation_router.errors import Overloaded
-from text_generation_router.inference import Permits
+from text_generation_router.admission import Permits
 
 BODY: dict[str, Any] = {"inputs": "hi"}
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}

@@ -137,7 +137,7 @@ async def test_health_tells_what_the_shards_say() -> None:
 async def test_a_draining_server_takes_nothing_new() -> None:
     async with scripted.running() as router:
         router.drain.begin()
-        router.inference.draining = True
+        router.inference.drain()
         for method, path in PROTECTED:
             response = await router.client.request(method, path, json=BODY)
             if method == "POST":

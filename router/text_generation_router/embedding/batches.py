@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import time
+from array import array
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from text_generation_router.errors import NO_SHARD, GenerationFailed, RouterError, ShuttingDown
+from text_generation_router.errors import NO_SHARD, GenerationFailed, Overloaded, RouterError, ShuttingDown
 from text_generation_router.metrics import Metrics
+from text_generation_router.scheduling.backlog import Departures
 from text_generation_router.shards.group import LOST, EmbeddingFailed, ShardGroup, ShardUnreachable
+
+logger = logging.getLogger(__name__)
 
 MAX_BATCHES_IN_FLIGHT = 2
 """One is computed, one waits for it: the shard never waits for the router."""
@@ -20,6 +26,7 @@ WATCH_EVERY_S = 1.0
 RECOVERY_PAUSE_S = 0.2
 MAX_CRASHES = 2
 """Of the shard over one text: from then on it goes alone."""
+NOT_FINITE = "Server error: the model's vector of a text was not finite"
 METHOD = "embed"
 """The label of TGI's metrics."""
 
@@ -80,8 +87,13 @@ class EncoderBatcher:
         metrics: Metrics,
         max_tokens: int,
         vector_bytes: int,
+        max_queue_size: int | None = None,
     ) -> None:
-        """``max_tokens`` of a batch."""
+        """``max_tokens`` of a batch. ``max_queue_size``: requests that may wait; None: as many as are let in."""
+        self._max_queue_size = max_queue_size
+        self._departures = Departures()
+        self._num_jobs = 0
+        """That wait or are computed."""
         self._shards = shards
         self._max_tokens = max_tokens
         self._vector_bytes = vector_bytes
@@ -110,8 +122,27 @@ class EncoderBatcher:
         """Whether the shard answers and makes progress."""
         return self._answers
 
+    @property
+    def is_full(self) -> bool:
+        """Whether as many requests wait as may."""
+        return self._max_queue_size is not None and len(self._not_begun()) >= self._max_queue_size
+
+    def turn_away(self) -> int:
+        """Seconds after which it is worth for a client to come back that finds no place now."""
+        return self._departures.turn_away(time.perf_counter(), len(self._not_begun()))
+
+    def _not_begun(self) -> list[Job]:
+        """In the order in which they came."""
+        return [job for job in self._jobs if job.num_taken == 0 and not job.done.done()]
+
+    def _turn_away_surplus(self) -> None:
+        """Of those that found no place in a batch, as many may wait as may: who came at once was let in at once."""
+        if self._max_queue_size is not None:
+            for job in self._not_begun()[self._max_queue_size :]:
+                _fail(job, Overloaded(self.turn_away()))
+
     async def embed(self, texts: Sequence[Sequence[int]]) -> list[bytes]:
-        """Vectors in the order of the texts. Raises: GenerationFailed, ShuttingDown."""
+        """Vectors in the order of the texts. Raises: GenerationFailed, ShuttingDown, Overloaded."""
         if self._closed:
             raise ShuttingDown
         if self._given_up:
@@ -120,7 +151,13 @@ class EncoderBatcher:
         self._jobs.append(job)
         self._metrics.queue_size.set(len(self._jobs))
         self._wake.set()
-        await job.done  # who is cancelled here cancels it, and what is left of the job with it
+        self._num_jobs += 1
+        self._departures.arrive(time.perf_counter())
+        try:
+            await job.done  # who is cancelled here cancels it, and what is left of the job with it
+        finally:
+            self._num_jobs -= 1
+            self._departures.note(time.perf_counter(), num_left=self._num_jobs)
         return job.vectors
 
     async def run(self) -> None:
@@ -135,6 +172,7 @@ class EncoderBatcher:
                         self._num_in_flight += 1
                         sent.update(batch)
                         tasks.create_task(self._compute(batch, sent))
+                    self._turn_away_surplus()
                     await self._wake.wait()
                     self._wake.clear()
         finally:
@@ -161,6 +199,12 @@ class EncoderBatcher:
             if not self._answers and self._shards.restarts and not self._given_up:
                 await self._lose(batch, incarnation)
                 return
+            if isinstance(error, EmbeddingFailed):
+                if error.out_of_memory:
+                    self._make_batches_smaller(batch)
+                if len(batch) > 1:  # it may be one of them
+                    self._again += [[place] for place in batch]
+                    return
             message = f"Server error: {error}" if self._answers else NO_SHARD
             for job in {job for job, _ in batch}:
                 _fail(job, GenerationFailed(message))
@@ -175,7 +219,10 @@ class EncoderBatcher:
             width = self._vector_bytes
             for place, (job, index) in enumerate(batch):
                 self._crashes.pop((job, index), None)
-                job.vectors[index] = raw[place * width : (place + 1) * width]
+                vector = raw[place * width : (place + 1) * width]
+                if not math.isfinite(sum(array("f", vector))):
+                    _fail(job, GenerationFailed(NOT_FINITE))
+                job.vectors[index] = vector
                 job.num_missing -= 1
                 if not job.num_missing and not job.done.done():
                     job.done.set_result(None)
@@ -183,6 +230,14 @@ class EncoderBatcher:
             sent.difference_update(batch)
             self._num_in_flight -= 1
             self._wake.set()
+
+    def _make_batches_smaller(self, batch: list[Place]) -> None:
+        """This one was too large for the device's memory."""
+        self._metrics.out_of_memory_count.inc()
+        size = max(sum(len(job.texts[index]) for job, index in batch) // 2, 1)
+        if size < self._max_tokens:
+            self._max_tokens = size
+            logger.warning("Out of memory: batches have at most %s tokens from now on", size)
 
     def _next_batch(self) -> list[Place]:
         """What is to be sent now, if anything."""

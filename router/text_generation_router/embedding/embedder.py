@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from text_generation_router.admission import Admission, Permit, in_time
 from text_generation_router.embedding.batches import EncoderBatcher
 from text_generation_router.embedding.requests import TextsRequest, Vectors, finish, tokenise
-from text_generation_router.errors import DeadlineExceeded, RouterError, ShuttingDown, first_of
+from text_generation_router.errors import RouterError, first_of
 from text_generation_router.generate_request import (
     NOBODY,
     Caller,
@@ -18,7 +19,7 @@ from text_generation_router.generate_request import (
     GenerateRequest,
     MoreParameters,
 )
-from text_generation_router.inference import Inference, Permit, Permits
+from text_generation_router.inference import Inference
 from text_generation_router.metrics import Metrics
 from text_generation_router.shards.convert import EmbeddingInfo
 from text_generation_router.tokenizer import RouterTokenizer
@@ -52,12 +53,11 @@ class EncoderEmbedder:
         tokenizer: RouterTokenizer,
         info: EmbeddingInfo,
         metrics: Metrics,
+        admission: Admission,
         *,
         vocab_size: int,
-        max_concurrent_requests: int,
     ) -> None:
-        self.permits = Permits(max_concurrent_requests)
-        self.draining = False
+        self._admission = admission
         self._batcher = batcher
         self._tokenizer = tokenizer
         self._info = info
@@ -66,7 +66,7 @@ class EncoderEmbedder:
 
     def drain(self) -> None:
         """Take nothing new. What runs may finish."""
-        self.draining = True
+        self._admission.drain()
 
     def give_up(self) -> None:
         """No shard will be started again: what waits for one fails."""
@@ -74,18 +74,13 @@ class EncoderEmbedder:
 
     def ready(self) -> bool:
         """Whether a request sent now would be served."""
-        return not self.draining and self._batcher.ready()
+        return not self._admission.draining and self._batcher.ready()
 
     async def embed(self, request: TextsRequest, caller: Caller = NOBODY) -> Embedded:
-        if self.draining:
-            raise ShuttingDown
-        permit = self.permits.take(caller.tenant)
+        (permit,) = self._admission.reserve(1, caller)
         try:
-            async with asyncio.timeout(caller.timeout_s):
+            async with in_time(caller):
                 return await self._embed(request)
-        except TimeoutError:
-            assert caller.timeout_s is not None, "nothing else has a limit"
-            raise DeadlineExceeded(caller.timeout_s) from None
         finally:
             permit.release()
 
@@ -114,7 +109,7 @@ class SequenceEmbedder:
         self._info = info
 
     async def embed(self, request: TextsRequest, caller: Caller = NOBODY) -> Embedded:
-        (permit,) = self._inference.reserve(1, caller)
+        (permit,) = self._inference.admission.reserve(1, caller)
         try:
             started_at = time.perf_counter()
             limits = self._inference.limits

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from text_generation_proto.grammars import GrammarError
 
 from text_generation_router.detokenizer import Detokenizer
-from text_generation_router.errors import NO_SHARD, GenerationFailed, InternalError, RouterError, ShuttingDown
+from text_generation_router.errors import (
+    NO_SHARD,
+    GenerationFailed,
+    InternalError,
+    Overloaded,
+    RouterError,
+    ShuttingDown,
+)
 from text_generation_router.metrics import Metrics
 from text_generation_router.scheduling.answers import Answer, start_answer
 from text_generation_router.scheduling.backlog import Departures
@@ -57,7 +64,11 @@ class Batcher:
         scheduler: StepScheduler,
         detokenizer: Detokenizer,
         metrics: Metrics,
+        *,
+        max_queue_size: int | None = None,
     ) -> None:
+        """``max_queue_size``: requests that may wait; None: as many as are let in."""
+        self._max_queue_size = max_queue_size
         self._shards = shards
         self._scheduler = scheduler
         self._detokenizer = detokenizer
@@ -121,6 +132,11 @@ class Batcher:
         """Requests that have not begun: those that were stopped, and go on later, have had their turn."""
         return sum(queued.started_at is None for queued in self._scheduler.waiting)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether as many wait as may."""
+        return self._max_queue_size is not None and self.num_waiting >= self._max_queue_size
+
     def turn_away(self) -> int:
         """Seconds after which it is worth for a client to come back that finds no place now."""
         return self._departures.turn_away(time.perf_counter(), self.num_waiting)
@@ -168,6 +184,7 @@ class Batcher:
                 return
             # What came while the last step was sent is not applied yet: clients get the tokens of both in one turn.
             plan = self._scheduler.plan(num_in_flight=self._shards.num_in_flight + len(self._results))
+            self._turn_away_surplus()
             if plan is None:
                 return
             now = time.perf_counter()
@@ -179,6 +196,14 @@ class Batcher:
             step_id = await self._shards.send(step_request(plan, prefill_logprobs=self._shards.info.prefill_logprobs))
             if plan.chunks or plan.decodes:
                 self._sent[step_id] = _SentStep(now, plan, plan.work, follows)
+
+    def _turn_away_surplus(self) -> None:
+        """Of those that found no place in a step, as many may wait as may: who came at once was let in at once."""
+        while self._max_queue_size is not None and self.num_waiting > self._max_queue_size:
+            not_begun = (queued for queued in self._scheduler.waiting if queued.started_at is None)
+            newest = max(not_begun, key=lambda queued: queued.enqueued_at)
+            self._scheduler.cancel(newest)
+            self._fail([newest], Overloaded(self.turn_away()))
 
     def _waits_for_others(self) -> bool:
         """Whether the next step is better planned a little later; the loop is woken then."""
@@ -357,19 +382,21 @@ class Batcher:
     ) -> None:
         """Put back what ran, ahead of all that waits; but for what must not run again.
 
-        A step that ran out of memory costs the prompts that it took in. Any other failure makes suspects of all that
-        the shards were computing; one that was computed alone, because it was suspected, is guilty.
+        A step that ran out of memory costs the prompts that it took in, or what it computed alone; of several that ran
+        before nobody is to blame. Any other failure makes suspects of all that the shards were computing; one that was
+        computed alone, because it was suspected, is guilty.
         """
         error = GenerationFailed(f"Server error: {failure.message}")
         computed = {sequence.queued for step in sent for sequence in step.plan.sequences()}
         guilty: set[QueuedRequest] = set()
         if failure.out_of_memory:
             self._metrics.out_of_memory_count.inc()
-        if failure.out_of_memory and refused is not None and refused.plan.chunks:
-            taken_in = {sequence.queued for sequence, _ in refused.plan.chunks}
+        if failure.out_of_memory and refused is not None:
             # Those that go on after another failure are prompts as well.
-            guilty = {queued for queued in taken_in if not queued.output_ids} or taken_in
-            self._make_steps_smaller()
+            guilty = {sequence.queued for sequence, _ in refused.plan.chunks if not sequence.queued.output_ids}
+            if not guilty and len(rows := {sequence.queued for sequence in refused.plan.sequences()}) == 1:
+                guilty = rows
+            self._make_steps_smaller(refused.plan)
         elif len(computed) == 1 and next(iter(computed)).is_suspect:
             guilty = computed
         else:
@@ -384,14 +411,19 @@ class Batcher:
             logger.warning("%s requests go on from where they were, %s of them alone first", len(survivors), suspects)
         self._show_state()
 
-    def _make_steps_smaller(self) -> None:
+    def _make_steps_smaller(self, refused: StepPlan) -> None:
         """If memory ran out twice within a minute: then they are too large for this machine."""
         now, before = time.monotonic(), self._out_of_memory_at
         self._out_of_memory_at = now
-        if now - before < OUT_OF_MEMORY_WINDOW_S:
-            budget = self._scheduler.halve_prefill_budget()
-            self._metrics.batch_max_prefill_tokens.set(budget)
-            logger.warning("Out of memory again: steps take in %s tokens of prompts from now on", budget)
+        if now - before >= OUT_OF_MEMORY_WINDOW_S:
+            return
+        if refused.chunks:
+            tokens = self._scheduler.halve_prefill_budget()
+            self._metrics.batch_max_prefill_tokens.set(tokens)
+            logger.warning("Out of memory again: steps take in %s tokens of prompts from now on", tokens)
+        if all(sequence.queued.output_ids for sequence, _ in refused.chunks):
+            size = self._scheduler.run_at_most(sum(1 for _ in refused.sequences()) // 2)
+            logger.warning("Out of memory again: %s requests run at once from now on", size)
 
     def _fail_all(self) -> None:
         self._scheduler.abandon_epoch()

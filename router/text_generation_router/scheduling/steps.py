@@ -197,6 +197,12 @@ class StepScheduler:
         self.limits = replace(self.limits, max_batch_prefill_tokens=budget)
         return budget
 
+    def run_at_most(self, num_sequences: int) -> int:
+        """Run no more than so many from now on, at least one; returns how many."""
+        size = max(min(num_sequences, self.limits.max_batch_size or num_sequences), 1)
+        self.limits = replace(self.limits, max_batch_size=size)
+        return size
+
     @property
     def num_running_tokens(self) -> int:
         """Tokens that the blocks of the running sequences can hold."""

@@ -58,6 +58,10 @@ class ShardUnreachable(Exception):
 class EmbeddingFailed(Exception):
     """A shard could not compute the vectors of a batch; the text is fit for clients."""
 
+    def __init__(self, message: str, *, out_of_memory: bool = False) -> None:
+        super().__init__(message)
+        self.out_of_memory = out_of_memory
+
 
 class Identity(NamedTuple):
     """Which start of which launch a shard is of."""
@@ -206,7 +210,8 @@ class ShardGroup:
             return await self._clients[0].embed(request, self._limit_s(sum(lengths)))
         except grpc.aio.AioRpcError as error:
             if error.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.RESOURCE_EXHAUSTED):
-                raise EmbeddingFailed(error.details() or "") from error
+                out_of_memory = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+                raise EmbeddingFailed(error.details() or "", out_of_memory=out_of_memory) from error
             self._tell_launcher(f"{LOST}: {error.details()}", incarnation)
             raise ShardUnreachable(error.details() or str(error.code())) from error
 

@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+# What clients are told: the texts of the errors themselves name paths, addresses and sizes.
+OUT_OF_MEMORY = "out of memory over a batch of texts; lower `--max-batch-prefill-tokens`"
+BATCH_FAILED = "the model failed over a batch of texts; the shard's log says why"
+
 
 class EncoderEngine:
     """Runs an encoder on the thread that loaded it, batch after batch. All methods from any thread."""
@@ -115,8 +119,9 @@ class EncoderService(pb_grpc.TextGenerationServicer):
         except Exception as error:
             logger.error("a batch of %d texts failed: %s", len(texts), first_line(error))
             logger.debug("traceback", exc_info=error)
-            code = grpc.StatusCode.RESOURCE_EXHAUSTED if is_out_of_memory(error) else grpc.StatusCode.INTERNAL
-            await context.abort(code, first_line(error))
+            if is_out_of_memory(error):
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, OUT_OF_MEMORY)
+            await context.abort(grpc.StatusCode.INTERNAL, BATCH_FAILED)
         return pb.EmbedResponse(vectors=vectors)
 
     def _problem(self, request: pb.EmbedRequest) -> str:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from text_generation_router.embedding import batches
 from text_generation_router.embedding.batches import TURN, EncoderBatcher, Job, fill_batch
-from text_generation_router.errors import NO_SHARD, GenerationFailed, ShuttingDown
+from text_generation_router.errors import NO_SHARD, GenerationFailed, Overloaded, ShuttingDown
 from text_generation_router.metrics import Metrics
 from text_generation_router.shards.group import EmbeddingFailed, ShardGroup, ShardUnreachable
 
@@ -60,6 +60,10 @@ def test_every_text_is_in_one_batch(lengths: list[list[int]], max_tokens: int) -
     assert sorted(seen) == [(i, j) for i, each in enumerate(lengths) for j in range(len(each))]
 
 
+BAD = 99
+NOT_A_NUMBER = 0x7FC00000
+
+
 class Shards:
     """Answers with the first id of each text, as one float."""
 
@@ -72,6 +76,8 @@ class Shards:
         self.restarts = False
         self.incarnation = 1
         self.is_back = asyncio.Event()
+        self.room = 1000
+        """Tokens of a batch."""
 
     async def makes_progress(self) -> bool:
         return self.is_alive
@@ -86,13 +92,23 @@ class Shards:
         await self.gate.wait()
         if self.errors:
             raise self.errors.pop(0)
+        if [BAD] in texts:
+            raise EmbeddingFailed("a bad text")
+        if sum(map(len, texts)) > self.room:
+            raise EmbeddingFailed("no memory", out_of_memory=True)
         return b"".join(text[0].to_bytes(4, "little") for text in texts)
 
 
 @asynccontextmanager
-async def running(shards: Shards, max_tokens: int = 8) -> Any:
+async def running(shards: Shards, max_tokens: int = 8, max_queue_size: int | None = None) -> Any:
     metrics = Metrics(max_input_tokens=100, max_total_tokens=100)
-    batcher = EncoderBatcher(cast(ShardGroup, shards), metrics=metrics, max_tokens=max_tokens, vector_bytes=4)
+    batcher = EncoderBatcher(
+        cast(ShardGroup, shards),
+        metrics=metrics,
+        max_tokens=max_tokens,
+        vector_bytes=4,
+        max_queue_size=max_queue_size,
+    )
     task = asyncio.create_task(batcher.run())
     try:
         yield batcher
@@ -120,7 +136,7 @@ async def test_vectors_come_in_the_order_of_the_texts() -> None:
     ("error", "message", "ready"),
     [(EmbeddingFailed("bad batch"), "Server error: bad batch", True), (ShardUnreachable("gone"), NO_SHARD, False)],
 )
-async def test_a_batch_that_fails_fails_those_in_it(error: Exception, message: str, ready: bool) -> None:
+async def test_a_batch_that_fails_fails_its_request(error: Exception, message: str, ready: bool) -> None:
     shards = Shards()
     async with running(shards) as batcher:
         shards.errors.append(error)
@@ -200,3 +216,49 @@ async def test_who_waits_at_the_end_is_told() -> None:
         await tasks[0]
     with pytest.raises(ShuttingDown):
         await batcher.embed([[1]])
+
+
+async def test_a_text_that_fails_fails_alone() -> None:
+    shards = Shards()
+    async with running(shards) as batcher:
+        results = await asyncio.gather(
+            batcher.embed([[1], [2]]), batcher.embed([[3], [BAD]]), batcher.embed([[4]]), return_exceptions=True
+        )
+    assert [results[0], results[2]] == [raw(1, 2), raw(4)]
+    assert isinstance(results[1], GenerationFailed)
+    assert "a bad text" in str(results[1])
+
+
+async def test_a_vector_that_is_not_finite_fails_alone() -> None:
+    shards = Shards()
+    async with running(shards) as batcher:
+        results = await asyncio.gather(
+            batcher.embed([[1]]), batcher.embed([[2], [NOT_A_NUMBER]]), return_exceptions=True
+        )
+    assert results[0] == raw(1)
+    assert isinstance(results[1], GenerationFailed)
+    assert "not finite" in str(results[1])
+
+
+async def test_batches_that_do_not_fit_become_smaller() -> None:
+    shards = Shards()
+    shards.room = 5
+    async with running(shards) as batcher:
+        assert await batcher.embed([[number] for number in range(30)]) == raw(*range(30))
+    assert [len(batch) for batch in shards.batches if len(batch) > 5] in ([8], [8, 8])
+    assert len(shards.batches[-1]) > 1
+
+
+async def test_a_queue_of_a_given_length() -> None:
+    shards = Shards()
+    shards.gate.clear()
+    async with running(shards, max_queue_size=2) as batcher:
+        asked = [asyncio.create_task(batcher.embed([[number] * 8])) for number in range(6)]
+        for refused in asked[4:]:  # two are computed, two wait
+            with pytest.raises(Overloaded):
+                await refused
+        assert batcher.is_full
+        assert batcher.turn_away() >= 1
+        shards.gate.set()
+        assert [await task for task in asked[:4]] == [raw(number) for number in range(4)]
+        assert not batcher.is_full

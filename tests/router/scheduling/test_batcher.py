@@ -13,7 +13,7 @@ from builders import byte_tokenizer
 from fake_shard import FakeShard, serve_fake_shards
 from text_generation_router.config import WarmupLimits
 from text_generation_router.detokenizer import Detokenizer
-from text_generation_router.errors import DeadlineExceeded, GenerationFailed, ShuttingDown
+from text_generation_router.errors import DeadlineExceeded, GenerationFailed, Overloaded, ShuttingDown
 from text_generation_router.metrics import Metrics
 from text_generation_router.scheduling import door
 from text_generation_router.scheduling.batcher import Batcher
@@ -62,7 +62,14 @@ class Router:
 
 
 @contextlib.asynccontextmanager
-async def running(folder: Path, *shards: FakeShard, prefill: int = 64, restarts: bool = False) -> AsyncIterator[Router]:
+async def running(
+    folder: Path,
+    *shards: FakeShard,
+    prefill: int = 64,
+    restarts: bool = False,
+    max_batch_size: int | None = None,
+    max_queue_size: int | None = None,
+) -> AsyncIterator[Router]:
     for shard in shards:
         shard.eos_token_ids = (EOS,)
     async with serve_fake_shards(folder, *shards) as path:
@@ -70,10 +77,11 @@ async def running(folder: Path, *shards: FakeShard, prefill: int = 64, restarts:
         await group.warmup(LIMITS)
         metrics = Metrics(max_input_tokens=100, max_total_tokens=200)
         scheduler = StepScheduler(
-            BatchLimits(max_batch_prefill_tokens=prefill),
+            BatchLimits(max_batch_prefill_tokens=prefill, max_batch_size=max_batch_size),
             Leases(BlockAllocator(shards[0].num_blocks, shards[0].block_size), prefix_caching=True),
         )
-        batcher = Batcher(group, scheduler, Detokenizer(TOKENIZER, frozenset({EOS})), metrics)
+        detokenizer = Detokenizer(TOKENIZER, frozenset({EOS}))
+        batcher = Batcher(group, scheduler, detokenizer, metrics, max_queue_size=max_queue_size)
         task = asyncio.create_task(batcher.run())
         try:
             yield Router(batcher, scheduler, metrics)
@@ -261,6 +269,49 @@ async def test_a_step_without_memory_costs_its_prompts_alone(tmp_path: Path) -> 
         assert router.metrics.batch_max_prefill_tokens.value() == router.scheduler.limits.max_batch_prefill_tokens == 16
         assert router.metrics.request_replay_count.value() == 3
         await settled(router, shard)
+
+
+async def test_steps_of_more_rows_than_memory_allows_become_smaller(tmp_path: Path) -> None:
+    shard = FakeShard(out_of_memory=True, most_rows=4)
+    async with running(tmp_path, shard) as router:
+        asked = [router.ask(letter, max_new_tokens=20) for letter in "abcdefghij"]
+        assert [await text(queued) for queued in asked] == [letter * 20 for letter in "abcdefghij"]
+        assert router.scheduler.limits.max_batch_size in (2, 3, 4)
+        assert router.metrics.out_of_memory_count.value() <= 4
+        assert all(queued.num_crashes == 0 for queued in asked)
+        await settled(router, shard)
+
+
+async def test_a_row_that_does_not_fit_alone_fails(tmp_path: Path) -> None:
+    shard = FakeShard(out_of_memory=True, most_rows=0)
+    async with running(tmp_path, shard) as router:
+        for queued in [router.ask(letter, max_new_tokens=20) for letter in "abc"]:
+            with pytest.raises(GenerationFailed, match="made to fail"):
+                await text(queued)
+        await settled(router, shard)
+
+
+async def test_who_comes_at_once_may_wait_in_a_queue_of_a_given_length(tmp_path: Path) -> None:
+    shard = FakeShard(gate=asyncio.Event())
+    async with running(tmp_path, shard, max_batch_size=2, max_queue_size=3) as router:
+        asked = [router.ask(letter) for letter in "abcdefgh"]
+        for queued in asked[5:]:  # the last come are the first to go
+            with pytest.raises(Overloaded) as refused:
+                await text(queued)
+            assert refused.value.retry_after_s >= 1
+        assert router.batcher.is_full
+        assert shard.gate is not None
+        shard.gate.set()
+        assert [await text(queued) for queued in asked[:5]] == [letter * 5 for letter in "abcde"]
+        assert not router.batcher.is_full
+        await settled(router, shard)
+
+
+async def test_nobody_is_turned_away_that_runs_at_once(tmp_path: Path) -> None:
+    shard = FakeShard()
+    async with running(tmp_path, shard, max_queue_size=1) as router:
+        asked = [router.ask(letter) for letter in "abcdefgh"]
+        assert [await text(queued) for queued in asked] == [letter * 5 for letter in "abcdefgh"]
 
 
 async def test_prompt_logprobs_survive_a_preemption_between_chunks(tmp_path: Path) -> None:

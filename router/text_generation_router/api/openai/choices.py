@@ -12,7 +12,7 @@ from typing import Self
 import msgspec
 
 from text_generation_router.generate_request import Caller, GenerateRequest
-from text_generation_router.inference import Generation, Inference, Permit
+from text_generation_router.inference import Generation, Inference
 from text_generation_router.scheduling.requests import Event, PrefillEvent
 
 
@@ -37,7 +37,7 @@ class Choices:
         Raises: RouterError, whichever of them is refused.
         """
         self._generations = [None] * (len(requests) * num_copies)
-        self._permits = self._inference.reserve(len(self._generations), self._caller)
+        self._permits = self._inference.admission.reserve(len(self._generations), self._caller)
         for place, request in enumerate(requests):
             first, *others = ((place * num_copies + copy, _copy(request, copy)) for copy in range(num_copies))
             self._later[first[0]] = others
