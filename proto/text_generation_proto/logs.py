@@ -7,9 +7,12 @@ message to the launcher: progress of a long task, or readiness.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import queue
 import sys
+import threading
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -18,6 +21,8 @@ _STANDARD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "
 LEVELS = {"trace": logging.DEBUG, "debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING}
 LEVELS |= {"warning": logging.WARNING, "error": logging.ERROR, "critical": logging.CRITICAL, "off": logging.CRITICAL}
 
+FLUSH_S = 2.0
+"""That the end of a process waits for its last lines to be written."""
 
 UNKNOWN = 0
 """Of ``shards_lost``: an incarnation that the router has not heard of."""
@@ -42,13 +47,62 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
+class BackgroundHandler(logging.Handler):
+    """Writes on a thread of its own: nobody who logs, an event loop least of all, waits for a stream that nobody reads.
+
+    Lines that find no room are counted, and the number is a line when there is some again.
+    """
+
+    def __init__(self, stream: TextIO, *, capacity: int = 10_000) -> None:
+        """``capacity`` in lines."""
+        super().__init__()
+        self._stream = stream
+        self._queue: queue.Queue[str | threading.Event] = queue.Queue(capacity)
+        self._num_dropped = 0
+        threading.Thread(target=self._write_all, name="log-writer", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+        except Exception:
+            self.handleError(record)
+            return
+        try:
+            self._queue.put_nowait(line)
+        except queue.Full:
+            self._num_dropped += 1
+
+    def flush(self) -> None:
+        """Wait until all is written that was logged before, but not for ever."""
+        written = threading.Event()
+        with contextlib.suppress(queue.Full):
+            self._queue.put(written, timeout=FLUSH_S)
+            written.wait(FLUSH_S)
+
+    def _write_all(self) -> None:
+        while True:
+            item = self._queue.get()
+            if isinstance(item, threading.Event):
+                item.set()
+                continue
+            if self._num_dropped:
+                number, self._num_dropped = self._num_dropped, 0
+                lost = logging.LogRecord(
+                    __name__, logging.WARNING, "", 0, "%d log lines were dropped: the log was not read", (number,), None
+                )
+                item = f"{item}\n{self.format(lost)}"
+            with contextlib.suppress(OSError):  # nobody reads any more; serving goes on
+                self._stream.write(f"{item}\n")
+                self._stream.flush()
+
+
 def configure_logging(level: str = "info", stream: TextIO | None = None) -> None:
     """Send all records of this process as JSON lines to ``stream`` (standard error).
 
     ``level`` is a TGI ``LOG_LEVEL``: a level name, or a filter such as ``info,text_generation_router=debug``.
     Entries that name neither a level nor ``target=level`` are ignored with a warning.
     """
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = BackgroundHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -83,6 +83,24 @@ async def test_clients_that_do_not_read(reciting_model: Path, record_property: R
         record_property("seen", f"others meanwhile {books.ends}, 40 given up")
 
 
+@fault("F25", "SIGSTOP of the launcher, which reads the logs", "requests are answered")
+async def test_a_launcher_that_reads_no_log(reciting_model: Path, record_property: Record) -> None:
+    with serving("--model-id", str(reciting_model)) as server:
+        server.process.send_signal(signal.SIGSTOP)
+        try:
+            async with ledger(server) as books:
+                for number in range(600):  # each is a line of some 500 bytes; a pipe takes 64 KiB
+                    books.send(body("a", max_new_tokens=2), stream=number % 2 == 0)
+                    if number % 50 == 49:
+                        await books.ended()
+            assert books.ends == {"ok": 600}
+            assert server.client.get("/health").status_code == 200
+        finally:
+            server.process.send_signal(signal.SIGCONT)
+        wait_until_idle(server)
+        record_property("seen", books.ends)
+
+
 def _long_stream() -> bytes:
     return message("/generate_stream", body("A", max_new_tokens=4000, top_n_tokens=5))
 

@@ -3,10 +3,12 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from text_generation_proto.logs import configure_logging, send_event
+from text_generation_proto.logs import BackgroundHandler, JsonFormatter, configure_logging, send_event
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +22,8 @@ def restored_logging() -> Iterator[None]:
 
 
 def lines(stream: io.StringIO) -> list[dict[str, object]]:
+    for handler in logging.getLogger().handlers:
+        handler.flush()
     return [json.loads(line) for line in stream.getvalue().splitlines()]
 
 
@@ -63,3 +67,26 @@ def test_no_level_silences_messages_to_the_launcher() -> None:
     send_event("ready", "Listening", seconds={"load": 1.5})
     (line,) = lines(stream)
     assert (line["event"], line["seconds"]) == ("ready", {"load": 1.5})
+
+
+def test_a_stream_that_nobody_reads_stops_nobody() -> None:
+    reading, writing = os.pipe()
+    with open(reading) as reader, open(writing, "w") as writer, ThreadPoolExecutor() as pool:
+        handler = BackgroundHandler(writer, capacity=100)
+        handler.setFormatter(JsonFormatter())
+
+        def log(message: str) -> None:
+            handler.emit(logging.LogRecord("here", logging.INFO, "", 0, message, (), None))
+
+        for _ in range(5000):  # some 600 kB; a pipe takes 64
+            log("line")
+        read = pool.submit(lambda: [json.loads(line)["message"] for line in reader])
+        handler.flush()
+        log("last")
+        handler.flush()
+        writer.close()
+        *before, last = read.result()
+        assert last == "last"
+        dropped = sum(int(message.split()[0]) for message in before if "were dropped" in message)
+        assert dropped > 0
+        assert before.count("line") + dropped == 5000
