@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ class Drain:
 
     def __init__(self) -> None:
         self.num_active = 0
+        self._begun_at = 0.0
         self._begun = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -35,7 +37,13 @@ class Drain:
         return self._begun.is_set()
 
     def begin(self) -> None:
+        self._begun_at = time.monotonic()
         self._begun.set()
+
+    @property
+    def age_s(self) -> float:
+        """Since it has begun."""
+        return time.monotonic() - self._begun_at
 
     async def unless_begun(self, work: Coroutine[Any, Any, Result]) -> Result:
         """The result of ``work``, which is cancelled when the drain begins before it is there. Raises: ShuttingDown."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import math
 import resource
 import socket
 import ssl
@@ -36,7 +37,7 @@ OWN_DESCRIPTORS = 64 + METRICS_CONNECTIONS
 """Of the process, for what is no connection of a client."""
 TLS_SHUTDOWN_S = 1.0
 CLOSE_S = 3
-"""Time that connections get to flush their last bytes at the end."""
+"""Time that connections get to flush their last bytes at the end, at least."""
 
 
 class BindError(Exception):
@@ -160,8 +161,9 @@ class HttpServer(uvicorn.Server):
         if self._task.done():
             self._task.result()  # why it does not listen
 
-    async def close(self) -> None:
-        """Stop listening, close idle connections, give the others CLOSE_S."""
+    async def close(self, timeout_s: float = 0.0) -> None:
+        """Stop listening, close idle connections, give the others ``timeout_s``, at least CLOSE_S."""
+        self.config.timeout_graceful_shutdown = max(math.ceil(timeout_s), CLOSE_S)
         self.should_exit = True
         self._closing.set()
         if self._task is not None:

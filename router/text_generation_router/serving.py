@@ -6,10 +6,10 @@ import asyncio
 import gc
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from contextlib import AsyncExitStack
 from importlib.metadata import version
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from text_generation_proto.logs import send_event
 
@@ -107,8 +107,15 @@ async def serve(flags: RouterFlags, shutdown: Shutdown | None = None) -> int:
         gc.set_threshold(YOUNG_OBJECTS, 5, 4)
         _announce(backend, shown_address(sock))
         code = await _until_end(flags, backend, shutdown, drain)
-        await asyncio.gather(*(server.close() for server in servers))
-        return code
+        if code:
+            await _close(servers, 0.0)
+            return code
+        closing = asyncio.create_task(_close(servers, flags.graceful_termination_timeout - drain.age_s))
+        await _until_forced(closing, shutdown)
+        for server in servers:
+            server.force_exit = True
+        await closing
+        return 0 if shutdown.signal is None else 128 + shutdown.signal
 
 
 def make_routes(flags: RouterFlags, backend: Backend, service: ServiceRoutes) -> Routes:
@@ -278,12 +285,22 @@ async def _until_end(flags: RouterFlags, backend: Backend, shutdown: Shutdown, d
     return code
 
 
+async def _close(servers: Sequence[HttpServer], timeout_s: float) -> None:
+    """Have clients take what is left for them."""
+    await asyncio.gather(*(server.close(timeout_s) for server in servers))
+
+
+async def _until_forced(work: asyncio.Task[Any], shutdown: Shutdown) -> None:
+    """Wait for its end, or for a second signal."""
+    forced = asyncio.create_task(shutdown.forced.wait())
+    await asyncio.wait((work, forced), return_when=asyncio.FIRST_COMPLETED)
+    forced.cancel()
+
+
 async def _drained(drain: Drain, timeout_s: float, shutdown: Shutdown) -> None:
     idle = asyncio.create_task(drain.idle(timeout_s))
-    forced = asyncio.create_task(shutdown.forced.wait())
-    await asyncio.wait((idle, forced), return_when=asyncio.FIRST_COMPLETED)
+    await _until_forced(idle, shutdown)
     idle.cancel()
-    forced.cancel()
 
 
 async def _unless_requested(shutdown: Shutdown, work: Awaitable[Result]) -> Result | None:

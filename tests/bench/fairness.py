@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from text_generation_router.errors import Overloaded
 from text_generation_router.admission import Permit, Permits
+from text_generation_router.errors import Overloaded
 from text_generation_router.scheduling.blocks import BlockAllocator
 from text_generation_router.scheduling.budget import BatchLimits
 from text_generation_router.scheduling.leases import Leases

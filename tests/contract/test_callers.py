@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import scripted
-from text_generation_router.errors import Overloaded
 from text_generation_router.admission import Permits
+from text_generation_router.errors import Overloaded
 
 BODY: dict[str, Any] = {"inputs": "hi"}
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}

@@ -13,7 +13,7 @@ import psutil
 import pytest
 from faults.chaos import Chaos, chaos_proxy
 from faults.ledger import End, ledger
-from integration.asking import address_of, body, message, wait_for_status, wait_until_idle
+from integration.asking import address_of, body, connect, message, wait_for_status, wait_until_idle
 from integration.launched import serving, starting
 from integration.reciting import ENDLESS
 
@@ -40,6 +40,27 @@ async def test_a_second_signal_ends_everything_at_once(reciting_model: Path, rec
         assert set(books.ends) == {"sse_error", "http_error"}
         assert server.end() == 128 + signal.SIGTERM
         record_property("seen", f"{books.ends} after {ended_s:.1f} s, exit {128 + signal.SIGTERM}")
+
+
+@fault("F8", "SIGTERM while a client reads slowly", "it gets all of its answer, exit 0")
+async def test_a_slow_reader_at_the_end(reciting_model: Path, record_property: Record) -> None:
+    with starting("--model-id", str(reciting_model)) as server:
+        server.wait_until_ready()
+        # The answer has some 60 bytes for each token; the system takes 128 KiB of them.
+        long = {"inputs": "a" * 200_000}
+        expected = server.client.post("/tokenize", json=long).content
+        async with connect(server, "/tokenize", long) as connection:
+            async with asyncio.timeout(60):
+                received = await connection.some(65536)
+                server.process.send_signal(signal.SIGTERM)
+                began = time.monotonic()
+                while not received.endswith(expected):
+                    received += await connection.some(len(expected) // 100)
+                    await asyncio.sleep(0.07)
+            took_s = time.monotonic() - began
+        assert server.end() == 0
+        assert took_s > 5
+        record_property("seen", f"all of {len(received):,} bytes in {took_s:.0f} s, exit 0")
 
 
 @fault("F15", "a proxy resets 5 % of connections, garbles 5 %, delays all by 200 ms", "an end for every request")

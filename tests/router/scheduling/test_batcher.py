@@ -303,7 +303,7 @@ async def test_who_comes_at_once_may_wait_in_a_queue_of_a_given_length(tmp_path:
         assert shard.gate is not None
         shard.gate.set()
         assert [await text(queued) for queued in asked[:5]] == [letter * 5 for letter in "abcde"]
-        assert not router.batcher.is_full
+        assert router.batcher.num_waiting == 0
         await settled(router, shard)
 
 

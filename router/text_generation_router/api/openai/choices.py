@@ -11,6 +11,7 @@ from typing import Self
 
 import msgspec
 
+from text_generation_router.admission import Permit
 from text_generation_router.generate_request import Caller, GenerateRequest
 from text_generation_router.inference import Generation, Inference
 from text_generation_router.scheduling.requests import Event, PrefillEvent
