@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from text_generation_proto.lifeline import hold_lifeline
 from text_generation_proto.logs import configure_logging, send_event
@@ -32,6 +33,12 @@ def on_sigterm(order: str, delay_s: float) -> None:
     signal.signal(signal.SIGTERM, handler)
 
 
+def end(code: int) -> NoReturn:
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def last_words(go: Path) -> None:
     """On SIGTERM wait for ``go``, say something, and end."""
 
@@ -41,7 +48,7 @@ def last_words(go: Path) -> None:
         while not go.exists():
             time.sleep(0.01)
         log.info("last words")
-        os._exit(0)
+        end(0)
 
     signal.signal(signal.SIGTERM, handler)
 
@@ -105,8 +112,7 @@ def perform(action: str, argument: str) -> None:
             while (left_s := until - time.monotonic()) > 0:
                 time.sleep(min(left_s, 0.05))  # a signal that comes just ahead of a sleep waits for its end
         case "exit":
-            sys.stderr.flush()
-            os._exit(int(argument))
+            end(int(argument))
         case "die":
             os.kill(os.getpid(), int(argument))
         case _:
