@@ -35,6 +35,7 @@ def new(
     sampling: SamplingParameters = GREEDY,
     top_n_tokens: int = 0,
     prefill_logprobs: bool = False,
+    prefill_top_n_tokens: int = 0,
     embeds: bool = False,
 ) -> NewSequence:
     """A sequence with 8 blocks of its own, which depend on its id."""
@@ -47,6 +48,7 @@ def new(
         sampling=sampling,
         top_n_tokens=top_n_tokens,
         prefill_logprobs=prefill_logprobs,
+        prefill_top_n_tokens=prefill_top_n_tokens,
         embeds=embeds,
     )
 

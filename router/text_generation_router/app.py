@@ -95,6 +95,7 @@ def build_app(routes_of: Routes, access: Access) -> ASGIApp:
     gets: dict[str, Open | Protected] = {
         "/": Open(service.health),
         "/docs": Open(docs.page),
+        "/docs/": Open(docs.page_of_tgi),
         "/docs/{asset}": Open(docs.asset),
         "/api-doc/openapi.json": Open(docs.openapi),
         "/v1/models": Protected(routes_of.models.list),

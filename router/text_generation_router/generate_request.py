@@ -94,6 +94,8 @@ class MoreParameters(msgspec.Struct, frozen=True, kw_only=True):
     """What the answer has to obey, where the route has its own ways to say so."""
     max_top_n_tokens: int = 0
     """Where the route allows more than ``--max-top-n-tokens``."""
+    prefill_top_n_tokens: int = 0
+    """The most likely tokens in the place of each of the prompt, with ``decoder_input_details``."""
     embeds: bool = False
     """The mean of the prompt's last hidden states is wanted, not what follows."""
 

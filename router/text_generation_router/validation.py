@@ -47,6 +47,7 @@ class CheckedParameters:
     ignore_eos: bool = False
     grammar: Grammar | None = None
     """Still to be tried out."""
+    prefill_top_n_tokens: int = 0
     embeds: bool = False
     priority: int | None = None
     """None: the caller's."""
@@ -111,6 +112,7 @@ def check_parameters(request: GenerateRequest, limits: Limits) -> CheckedParamet
         decoder_input_details=parameters.decoder_input_details,
         ignore_eos=request.more.ignore_eos,
         grammar=_grammar(request, limits),
+        prefill_top_n_tokens=request.more.prefill_top_n_tokens,
         embeds=request.more.embeds,
         priority=parameters.priority,
     )
@@ -158,6 +160,7 @@ def build_request(
         cache_salt=caller.tenant,
         tenant=caller.tenant,
         priority=caller.priority if checked.priority is None else checked.priority,
+        prefill_top_n_tokens=checked.prefill_top_n_tokens,
         embeds=checked.embeds,
     )
 

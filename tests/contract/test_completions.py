@@ -124,12 +124,17 @@ async def test_logprobs_in_the_old_form() -> None:
 async def test_logprobs_of_an_echo() -> None:
     def script(queued: QueuedRequest) -> None:
         assert queued.request.decoder_input_details
-        prompt = [PrefillToken(39, "H", None), PrefillToken(72, "i", -2.0)]
+        assert queued.request.prefill_top_n_tokens == asked
+        prompt = [PrefillToken(39, "H", None), PrefillToken(72, "i", -2.0, [(72, -2.0), (39, -3.0)])]
         queued.stream.put(PrefillEvent(prompt))
         scripted.say(queued, "!")
 
-    body = {"logprobs": 0, "echo": True}
-    (choice,) = (await ask(body, script=script, prefill_logprobs=True))["choices"]
+    asked = 2
+    (choice,) = (await ask({"logprobs": 2, "echo": True}, script=script, prefill_logprobs=True))["choices"]
+    assert choice["logprobs"]["top_logprobs"][:2] == [None, {"i": -2.0, "H": -3.0}]
+    asked = 0
+    (choice,) = (await ask({"logprobs": 0, "echo": True}, script=script, prefill_logprobs=True))["choices"]
+    assert choice["logprobs"]["top_logprobs"] is None
     assert choice["logprobs"]["token_logprobs"] == [None, -2.0, -0.5]
     assert choice["logprobs"]["tokens"][:2] == ["H", "i"]
     assert choice["logprobs"]["text_offset"] == [0, 1, 2]

@@ -52,5 +52,10 @@ class Reference:
         ids: list[int] = self._tokenizer.encode(prompt).ids
         return ids
 
+    def spelled(self, token_id: int) -> str:
+        """The text of one token alone."""
+        text: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return text
+
     def _ids(self, prompt: str) -> Tensor:
         return torch.tensor([self.ids(prompt)], dtype=torch.int64)

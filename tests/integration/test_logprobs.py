@@ -30,6 +30,20 @@ def test_logprobs_of_the_prompt(tiny: Launched, reference: Reference, prompt: st
     assert [token["logprob"] for token in prefill[1:]] == pytest.approx(expected, abs=EXACT)
 
 
+@pytest.mark.parametrize("prompt", prompts(lengths=(1, 300), seed=9), ids=len)
+def test_likely_tokens_of_an_echo(tiny: Launched, reference: Reference, prompt: str) -> None:
+    """What `lm-eval` looks at: whether each token of a prompt is the likeliest in its place."""
+    body = {"prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 1, "temperature": 0}
+    (choice,) = tiny.client.post("/v1/completions", json=body).json()["choices"]
+    first, *found = choice["logprobs"]["top_logprobs"]
+    assert first is None
+    expected = reference.logprobs(prompt).topk(2)
+    assert len(found) == len(reference.ids(prompt))  # the answer's token is the last
+    for tops, ids, values in zip(found, expected.indices.tolist(), expected.values.tolist(), strict=True):
+        spelled = {reference.spelled(token_id): value for token_id, value in zip(ids, values, strict=True)}
+        assert tops == pytest.approx(spelled, abs=EXACT)
+
+
 def test_logprobs_of_the_answer(tiny: Launched, reference: Reference) -> None:
     [prompt] = prompts(lengths=(30,), seed=6)
     answer = generate(tiny, prompt, max_new_tokens=20)

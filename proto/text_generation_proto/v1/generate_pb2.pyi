@@ -213,7 +213,7 @@ class BlockAddition(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class NewSequence(_message.Message):
-    __slots__ = ("sequence_id", "token_ids", "num_prompt_tokens", "blocks", "num_cached_tokens", "sampling", "top_n_tokens", "prefill_logprobs", "traceparent", "grammar", "embeds")
+    __slots__ = ("sequence_id", "token_ids", "num_prompt_tokens", "blocks", "num_cached_tokens", "sampling", "top_n_tokens", "prefill_logprobs", "traceparent", "grammar", "embeds", "prefill_top_n_tokens")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -225,6 +225,7 @@ class NewSequence(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     EMBEDS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOP_N_TOKENS_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     num_prompt_tokens: int
@@ -236,7 +237,8 @@ class NewSequence(_message.Message):
     traceparent: str
     grammar: Grammar
     embeds: bool
-    def __init__(self, sequence_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ..., num_cached_tokens: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., top_n_tokens: _Optional[int] = ..., prefill_logprobs: bool = ..., traceparent: _Optional[str] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., embeds: bool = ...) -> None: ...
+    prefill_top_n_tokens: int
+    def __init__(self, sequence_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., blocks: _Optional[_Iterable[int]] = ..., num_cached_tokens: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., top_n_tokens: _Optional[int] = ..., prefill_logprobs: bool = ..., traceparent: _Optional[str] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., embeds: bool = ..., prefill_top_n_tokens: _Optional[int] = ...) -> None: ...
 
 class SamplingParameters(_message.Message):
     __slots__ = ("temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "frequency_penalty", "do_sample", "seed", "choice_index", "presence_penalty", "count_penalty", "bias_ids", "biases", "watermark")
@@ -363,12 +365,14 @@ class TopTokens(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class PrefillLogprobs(_message.Message):
-    __slots__ = ("first_position", "logprobs")
+    __slots__ = ("first_position", "logprobs", "top_tokens")
     FIRST_POSITION_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TOP_TOKENS_FIELD_NUMBER: _ClassVar[int]
     first_position: int
     logprobs: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, first_position: _Optional[int] = ..., logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
+    top_tokens: _containers.RepeatedCompositeFieldContainer[TopTokens]
+    def __init__(self, first_position: _Optional[int] = ..., logprobs: _Optional[_Iterable[float]] = ..., top_tokens: _Optional[_Iterable[_Union[TopTokens, _Mapping]]] = ...) -> None: ...
 
 class SequenceFailure(_message.Message):
     __slots__ = ("sequence_id", "message")

@@ -54,6 +54,10 @@ class DocsRoutes:
     async def page(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send_body(send, _PAGE, b"text/html; charset=utf-8", headers=((b"content-security-policy", _POLICY),))
 
+    async def page_of_tgi(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Its page had a slash behind it, with which the links of ours would lead elsewhere."""
+        await send_empty(send, 308, headers=((b"location", b"../docs"),))
+
     async def openapi(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send_body(send, openapi_json(), JSON)
 

@@ -15,6 +15,7 @@ from text_generation_router.scheduling.requests import (
     Token,
     TokenEvent,
 )
+from text_generation_router.shards.convert import PrefillLogprobs
 from text_generation_router.stopping import StoppingRules, StopTextMatcher
 
 
@@ -28,6 +29,7 @@ class Answer:
     text: SequenceDetokenizer
     pieces: list[str] = field(default_factory=list)
     prefill_logprobs: list[float] = field(default_factory=list)
+    prefill_top: list[list[tuple[int, float]]] = field(default_factory=list)
     last_token_at: float = 0.0
 
     def add_token(self, token_id: int, logprob: float | None, top: list[tuple[int, float]] | None) -> TokenEvent:
@@ -62,18 +64,23 @@ class Answer:
             )
         return event
 
-    def add_prefill(self, first_position: int, logprobs: list[float]) -> None:
+    def add_prefill(self, prefill: PrefillLogprobs) -> None:
         """Take the logprobs of a chunk of the prompt. After a pre-emption positions come a second time."""
-        del self.prefill_logprobs[first_position:]
-        self.prefill_logprobs += logprobs
+        del self.prefill_logprobs[prefill.first_position :]
+        self.prefill_logprobs += prefill.logprobs
+        del self.prefill_top[prefill.first_position :]
+        self.prefill_top += prefill.top_tokens
 
     def prefill_event(self) -> PrefillEvent:
         """The prompt's tokens; logprobs are None where none were computed, as for the first token always."""
         ids = self.queued.request.input_ids
         logprobs: list[float | None] = [None, *self.prefill_logprobs[1 : len(ids)]]
         logprobs += [None] * (len(ids) - len(logprobs))
+        tops = self.prefill_top + [[]] * (len(ids) - len(self.prefill_top))
         text_of = self.detokenizer.text_of
-        return PrefillEvent([PrefillToken(i, text_of(i), p) for i, p in zip(ids, logprobs, strict=True)])
+        return PrefillEvent(
+            [PrefillToken(i, text_of(i), p, top) for i, p, top in zip(ids, logprobs, tops, strict=True)]
+        )
 
 
 def start_answer(queued: QueuedRequest, detokenizer: Detokenizer, eos_token_ids: frozenset[int]) -> Answer:

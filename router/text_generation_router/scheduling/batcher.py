@@ -271,8 +271,7 @@ class Batcher:
 
     def _take_generation(self, sequence: RunningSequence, generation: Generation) -> None:
         if generation.prefill is not None:
-            answer = self._answers[sequence.queued]
-            answer.add_prefill(generation.prefill.first_position, generation.prefill.logprobs)
+            self._answers[sequence.queued].add_prefill(generation.prefill)
         if generation.embedding and generation.token_ids:
             sequence.queued.embedding = generation.embedding
         logprobs, tops = generation.logprobs, generation.top_tokens

@@ -29,6 +29,8 @@ def step_request(plan: StepPlan, *, prefill_logprobs: bool) -> pb.StepRequest:
 def _new_sequence(sequence: RunningSequence, *, prefill_logprobs: bool) -> pb.NewSequence:
     request = sequence.queued.request
     sampling = request.sampling
+    # Once there is output, the prompt's logprobs have all been reported.
+    prefill_logprobs = prefill_logprobs and request.decoder_input_details and not sequence.queued.output_ids
     return pb.NewSequence(
         sequence_id=sequence.sequence_id,
         token_ids=sequence.token_ids,
@@ -52,8 +54,8 @@ def _new_sequence(sequence: RunningSequence, *, prefill_logprobs: bool) -> pb.Ne
             watermark=sampling.watermark,
         ),
         top_n_tokens=request.top_n_tokens,
-        # Once there is output, the prompt's logprobs have all been reported.
-        prefill_logprobs=prefill_logprobs and request.decoder_input_details and not sequence.queued.output_ids,
+        prefill_logprobs=prefill_logprobs,
+        prefill_top_n_tokens=request.prefill_top_n_tokens if prefill_logprobs else 0,
         traceparent=request.traceparent,
         grammar=None if request.grammar is None else to_proto(request.grammar),
         embeds=request.embeds,

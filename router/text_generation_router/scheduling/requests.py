@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -59,6 +60,8 @@ class ValidRequest:
     top_n_tokens: int = 0
     decoder_input_details: bool = False
     """Report the prompt's tokens, with logprobs when the server was started with them."""
+    prefill_top_n_tokens: int = 0
+    """And so many of the most likely tokens in the place of each."""
     traceparent: str = ""
     grammar: Grammar | None = None
     """What the output has to obey; it compiles."""
@@ -93,6 +96,8 @@ class PrefillToken:
     text: str
     logprob: float | None
     """None for the first token of a prompt, which has no probability."""
+    top: Sequence[tuple[int, float]] = ()
+    """Ids and logprobs of the most likely tokens in its place, where these were wanted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from text_generation_proto.v1 import generate_pb2 as pb
@@ -101,6 +101,8 @@ class PrefillLogprobs:
     """In the prompt."""
     logprobs: list[float]
     """NaN where there is none, as for the first token of a prompt."""
+    top_tokens: Sequence[list[tuple[int, float]]] = ()
+    """Ids and logprobs, most likely first; one list for each, or none at all."""
 
 
 @dataclass(slots=True)
@@ -168,13 +170,18 @@ def _tokens(tokens: pb.Tokens) -> list[tuple[int, int, int, float]]:
 def _generation(message: pb.Generation) -> Generation:
     prefill = None
     if message.HasField("prefill"):
-        prefill = PrefillLogprobs(message.prefill.first_position, list(message.prefill.logprobs))
+        logprobs, tops = message.prefill.logprobs, message.prefill.top_tokens
+        prefill = PrefillLogprobs(message.prefill.first_position, list(logprobs), _top_tokens(tops))
     return Generation(
         message.sequence_id,
         message.first_output_index,
         message.token_ids,
         message.logprobs,
-        [list(zip(top.ids, top.logprobs, strict=True)) for top in message.top_tokens],
+        _top_tokens(message.top_tokens),
         prefill,
         message.embedding,
     )
+
+
+def _top_tokens(tops: Iterable[pb.TopTokens]) -> list[list[tuple[int, float]]]:
+    return [list(zip(top.ids, top.logprobs, strict=True)) for top in tops]

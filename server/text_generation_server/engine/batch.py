@@ -50,6 +50,7 @@ class Sequence:
     grammar: Grammar | None = None
     guide: Guide | None = field(default=None, repr=False)
     """How far the output has come in the grammar; made when its first token is sampled."""
+    prefill_top_n_tokens: int = 0
     embeds: bool = False
     states_sum: Tensor | None = field(default=None, repr=False)
     """Of the last hidden states of the tokens computed so far, where it embeds; float32 [H] on the device."""
@@ -58,6 +59,8 @@ class Sequence:
     failed: bool = False
     next_prompt_logprob: Tensor | None = field(default=None, repr=False)
     """Logprob of the first token behind the last computed one; float32 scalar on the device. None: unknown."""
+    next_prompt_top: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    """The most likely tokens there, where these are wanted: logprobs and ids [P]. None: unknown."""
 
     @property
     def num_tokens(self) -> int:
@@ -150,6 +153,10 @@ class Batch:
             raise InvalidStep(f"{name}: biased token ids must be in 0..{limits.vocab_size - 1}")
         if new.prefill_logprobs and not limits.prefill_logprobs:
             raise InvalidStep(f"{name}: prefill logprobs are off on this server (--enable-prefill-logprobs)")
+        if new.prefill_top_n_tokens > (limits.vocab_size if new.prefill_logprobs else 0):
+            raise InvalidStep(
+                f"{name}: prefill_top_n_tokens {new.prefill_top_n_tokens} need prefill logprobs, and such a vocabulary"
+            )
         if new.embeds and (new.num_cached_tokens or not limits.embeds):
             why = "some of its tokens are cached" if limits.embeds else "this model hands out no hidden states"
             raise InvalidStep(f"{name} cannot embed: {why}")
@@ -165,6 +172,7 @@ class Batch:
             sampling=new.sampling,
             top_n_tokens=new.top_n_tokens,
             prefill_logprobs=new.prefill_logprobs,
+            prefill_top_n_tokens=new.prefill_top_n_tokens,
             grammar=new.grammar,
             embeds=new.embeds,
         )

@@ -26,6 +26,8 @@ from text_generation_server.generation.sampler import (
     Sampled,
     SamplingRow,
     TopCandidates,
+    first_of_top,
+    prefetch_top_tokens,
     prepare,
     read_top_tokens,
     sample,
@@ -44,6 +46,21 @@ Broadcast = Callable[[Tensor], None]
 
 
 @dataclass(slots=True)
+class PromptLogprobs:
+    """Of one sequence in a step, in parts."""
+
+    sequence: Sequence
+    first_position: int
+    logprobs: list[Tensor] = field(default_factory=list)
+    top_values: list[Tensor] = field(default_factory=list)
+    """Logprobs of the most likely tokens, where these are wanted, [N, P]; and their ids."""
+    top_ids: list[Tensor] = field(default_factory=list)
+
+    def joined(self) -> list[Tensor]:
+        return [torch.cat(parts) for parts in (self.logprobs, self.top_values, self.top_ids) if parts]
+
+
+@dataclass(slots=True)
 class Launched:
     """A step whose work is on the device, or done."""
 
@@ -54,10 +71,10 @@ class Launched:
     readback: Readback | None = None
     """Ids, and on rank 0 logprobs, then the three tensors of the top tokens."""
     top: TopCandidates | None = None
-    prompt_logprobs: dict[int, tuple[Sequence, int, list[Tensor]]] = field(default_factory=dict)
-    """Sequence id -> sequence, first position, logprobs in parts."""
-    prompt_readback: Readback | None = None
-    """The logprobs of each of these."""
+    prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
+    """By sequence id."""
+    prompt_readbacks: list[Readback] = field(default_factory=list)
+    """What each of these has joined."""
     unguided: dict[int, str] = field(default_factory=dict)
     """Sequence id -> why its grammar cannot say what comes next."""
     embedded: list[Sequence] = field(default_factory=list)
@@ -126,10 +143,7 @@ class StepExecutor:
                 if self._is_leader:
                     sampling_rows = self._guided(sampling_rows, launched, previous, ahead)
                 self._choose(logits_SV, sampling_rows, input_ids_T, launched)
-            if launched.prompt_logprobs:
-                launched.prompt_readback = Readback(
-                    *(torch.cat(parts) for _, _, parts in launched.prompt_logprobs.values())
-                )
+            launched.prompt_readbacks = [Readback(*each.joined()) for each in launched.prompt_logprobs.values()]
             if launched.embedded:
                 launched.embeddings = Readback(_mean_states(launched.embedded))
         return launched
@@ -162,13 +176,16 @@ class StepExecutor:
                     [logprobs[index]],
                     [top_tokens[index]] if index in top_tokens else [],
                 )
-        if launched.prompt_readback is not None:
-            logprobs_of_prompts = launched.prompt_readback.get()
-            waiting = zip(launched.prompt_logprobs.values(), logprobs_of_prompts, strict=True)
-            for (sequence, first_position, _), prompt_logprobs in waiting:
-                if not sequence.failed:
-                    generation = generations.setdefault(sequence.sequence_id, Generation(sequence.sequence_id))
-                    generation.prefill = PrefillLogprobs(first_position, prompt_logprobs.tolist())
+        for reported, readback in zip(launched.prompt_logprobs.values(), launched.prompt_readbacks, strict=True):
+            sequence = reported.sequence
+            if not sequence.failed:
+                logprobs_N, *top = readback.get()
+                generation = generations.setdefault(sequence.sequence_id, Generation(sequence.sequence_id))
+                generation.prefill = PrefillLogprobs(
+                    reported.first_position,
+                    logprobs_N.tolist(),
+                    _read_prompt_top(*top, wanted=sequence.prefill_top_n_tokens) if top else [],
+                )
         if launched.embeddings is not None:
             (vectors_EH,) = launched.embeddings.get()
             for sequence, vector_H in zip(launched.embedded, vectors_EH, strict=True):
@@ -276,8 +293,18 @@ class StepExecutor:
         known = torch.cat([first.view(1), logprobs_NV.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)])
         num_reported = min(row.end, sequence.num_prompt_tokens) - row.start
         sequence.next_prompt_logprob = known[num_reported] if num_reported < known.shape[0] else None
-        entry = launched.prompt_logprobs.setdefault(sequence.sequence_id, (sequence, row.start, []))
-        entry[2].append(known[:num_reported])
+        reported = launched.prompt_logprobs.setdefault(sequence.sequence_id, PromptLogprobs(sequence, row.start))
+        reported.logprobs.append(known[:num_reported])
+        if sequence.prefill_top_n_tokens:
+            values_NP, ids_NP = prefetch_top_tokens(logprobs_NV, sequence.prefill_top_n_tokens)
+            places = values_NP.shape[1:]
+            unknown = values_NP.new_full(places, math.nan), ids_NP.new_zeros(places)
+            first_P, first_ids_P = sequence.next_prompt_top or unknown
+            values_NP, ids_NP = torch.cat([first_P[None], values_NP]), torch.cat([first_ids_P[None], ids_NP])
+            has_next = num_reported < values_NP.shape[0]
+            sequence.next_prompt_top = (values_NP[num_reported], ids_NP[num_reported]) if has_next else None
+            reported.top_values.append(values_NP[:num_reported])
+            reported.top_ids.append(ids_NP[:num_reported])
 
     def _allowed_ahead(self, rows: list[Row]) -> dict[int, Future[Allowed]]:
         """What grammars allow, by sequence id, found out on another thread while the model computes: for those whose
@@ -390,6 +417,14 @@ def _sampling_row(row: Row, token_index: int) -> SamplingRow:
         num_prompt_tokens=sequence.num_prompt_tokens,
         pending_index=token_index if reads_history and sequence.num_pending else None,
     )
+
+
+def _read_prompt_top(values_NP: Tensor, ids_NP: Tensor, *, wanted: int) -> list[TopTokens]:
+    rows = zip(values_NP.tolist(), ids_NP.tolist(), strict=True)
+    return [
+        TopTokens([], []) if math.isnan(values_P[0]) else TopTokens(*first_of_top(values_P, ids_P, wanted))
+        for values_P, ids_P in rows
+    ]
 
 
 def _read_top(top: TopCandidates | None, host: tuple[Tensor, ...]) -> dict[int, TopTokens]:

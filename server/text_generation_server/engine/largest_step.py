@@ -58,6 +58,7 @@ def largest_step(limits: WarmupLimits, sequences: SequenceLimits) -> Step:
             sampling=EVERYTHING,
             top_n_tokens=min(TOP_TOKENS, sequences.vocab_size),
             prefill_logprobs=sequences.prefill_logprobs,
+            prefill_top_n_tokens=min(TOP_TOKENS, sequences.vocab_size) if sequences.prefill_logprobs else 0,
         )
         for index, (prompt, size) in enumerate(zip(prompts, [*sizes, *[1] * others], strict=True), start=1)
     ]

@@ -26,6 +26,8 @@ class NewSequence:
     """What the output has to obey."""
     embeds: bool = False
     """Report the mean of the prompt's last hidden states."""
+    prefill_top_n_tokens: int = 0
+    """Of each prompt token; with ``prefill_logprobs``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,8 @@ class PrefillLogprobs:
     first_position: int
     logprobs: list[float]
     """NaN where there is none: the first token of a prompt, and the first one behind a cached prefix."""
+    top_tokens: list[TopTokens] = field(default_factory=list)
+    """Exactly as many as were wanted, one for each logprob; empty where there is none."""
 
 
 @dataclass(slots=True)

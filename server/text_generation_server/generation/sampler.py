@@ -331,6 +331,18 @@ def _top_candidates(
     return TopCandidates(asking, wanted, logprobs_RV, values_RN, ids_RN, counts_R)
 
 
+def prefetch_top_tokens(logprobs_NV: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+    """The ``wanted`` most likely tokens of each row and some to spare, logprobs and ids [N, P]: see `first_of_top`."""
+    values_NP, ids_NP = logprobs_NV.topk(min(wanted + _SPARE_TOP_TOKENS, logprobs_NV.shape[-1]))
+    return values_NP, ids_NP
+
+
+def first_of_top(values_P: list[float], ids_P: list[int], wanted: int) -> tuple[list[int], list[float]]:
+    """Ids and logprobs of exactly as many as are wanted, lower ids first among ties."""
+    pairs = sorted(zip(ids_P, values_P, strict=True), key=lambda pair: (-pair[1], pair[0]))[:wanted]
+    return [token_id for token_id, _ in pairs], [value for _, value in pairs]
+
+
 def read_top_tokens(
     logprobs_V: Tensor, values_N: list[float], ids_N: list[int], wanted: int, count: int
 ) -> tuple[list[int], list[float]]:

@@ -104,6 +104,7 @@ def _new_sequence(message: pb.NewSequence) -> steps.NewSequence:
         prefill_logprobs=message.prefill_logprobs,
         grammar=grammars.from_proto(message.grammar) if message.HasField("grammar") else None,
         embeds=message.embeds,
+        prefill_top_n_tokens=message.prefill_top_n_tokens,
     )
 
 
@@ -127,15 +128,24 @@ def _sampling(message: pb.SamplingParameters) -> SamplingParameters:
 
 
 def _generation(generation: steps.Generation) -> pb.Generation:
-    prefill = generation.prefill
     return pb.Generation(
         sequence_id=generation.sequence_id,
         first_output_index=generation.first_output_index,
         token_ids=generation.token_ids,
         logprobs=generation.logprobs,
-        top_tokens=[pb.TopTokens(ids=top.ids, logprobs=top.logprobs) for top in generation.top_tokens],
-        prefill=None
-        if prefill is None
-        else pb.PrefillLogprobs(first_position=prefill.first_position, logprobs=prefill.logprobs),
+        top_tokens=_top_tokens(generation.top_tokens),
+        prefill=None if generation.prefill is None else _prefill(generation.prefill),
         embedding=generation.embedding,
     )
+
+
+def _prefill(prefill: steps.PrefillLogprobs) -> pb.PrefillLogprobs:
+    return pb.PrefillLogprobs(
+        first_position=prefill.first_position,
+        logprobs=prefill.logprobs,
+        top_tokens=_top_tokens(prefill.top_tokens),
+    )
+
+
+def _top_tokens(all_tops: Sequence[steps.TopTokens]) -> list[pb.TopTokens]:
+    return [pb.TopTokens(ids=top.ids, logprobs=top.logprobs) for top in all_tops]

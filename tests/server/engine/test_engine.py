@@ -13,13 +13,21 @@ import psutil
 import pytest
 import torch
 from engine_driver import GREEDY, NUM_BLOCKS, Driver, driven, new, oracle_tokens, prompt, prompt_logprobs
-from fake_runner import BLOCK_SIZE, CRASH_TOKEN, DEVICE_TOKEN, MEMORY_TOKEN, NAN_TOKEN, FakeRunner
+from fake_runner import (
+    BLOCK_SIZE,
+    CRASH_TOKEN,
+    DEVICE_TOKEN,
+    MEMORY_TOKEN,
+    NAN_TOKEN,
+    FakeRunner,
+    oracle_logits,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from text_generation_server.engine import executor
 from text_generation_server.engine.engine import OUT_OF_MEMORY, STEP_FAILED, Engine, EngineHealth
 from text_generation_server.engine.memory import DoesNotFit, KVPlan, WarmupLimits
-from text_generation_server.engine.steps import BlockAddition, Chunk, NewSequence, Step, StepResult
+from text_generation_server.engine.steps import BlockAddition, Chunk, NewSequence, Step, StepResult, TopTokens
 from text_generation_server.errors import StaleEpoch
 from text_generation_server.generation.parameters import SamplingParameters
 
@@ -98,17 +106,25 @@ def test_prompt_logprobs_are_right_across_chunks(
     monkeypatch.setattr(executor, "MAX_PROMPT_LOGITS_ROWS", 4)  # so that passes are split as well
     token_ids = prompt(1, 13)
     driver.read(driver.submit(add=[new(2, prompt(2, 4))], chunks=[(2, 4)]))
+    asking = new(1, token_ids, prefill_logprobs=True, prefill_top_n_tokens=3)
     futures = [
-        driver.submit(add=[] if index else [new(1, token_ids, prefill_logprobs=True)], chunks=[(1, size)], decodes=[2])
+        driver.submit(add=[] if index else [asking], chunks=[(1, size)], decodes=[2])
         for index, size in enumerate(chunks)
     ]
     found: list[float] = []
+    top: list[TopTokens] = []
     for future in futures:
         for generation in driver.read(future).generations:
             if generation.prefill is not None:
                 assert generation.prefill.first_position == len(found)
                 found += generation.prefill.logprobs
+                top += generation.prefill.top_tokens
     assert math.isnan(found[0])
+    assert top[0] == TopTokens([], [])
+    for position, tokens in enumerate(top[1:], start=1):
+        expected = torch.log_softmax(oracle_logits(token_ids[:position]), -1).topk(3)
+        assert tokens.ids == expected.indices.tolist()
+        assert tokens.logprobs == pytest.approx(expected.values.tolist(), abs=1e-5)
     assert found[1:] == pytest.approx(prompt_logprobs(token_ids), abs=1e-5)
     assert driver.outputs[1] == oracle_tokens(token_ids, 1)
     assert driver.outputs[2] == oracle_tokens(prompt(2, 4), 1 + len(chunks))
@@ -134,6 +150,19 @@ def test_what_is_cached_cannot_be_embedded(driver: Driver) -> None:
     result = driver.submit(add=[new(1, prompt(1, 8), num_cached_tokens=4, embeds=True)]).result(10)
     assert result.failure is not None
     assert "some of its tokens are cached" in result.failure.message
+
+
+def test_likely_tokens_of_a_prompt_come_with_its_logprobs_only(driver: Driver) -> None:
+    result = driver.submit(add=[new(1, prompt(1, 4), prefill_top_n_tokens=1)]).result(10)
+    assert result.failure is not None
+    assert "prefill_top_n_tokens 1 need prefill logprobs" in result.failure.message
+
+
+def test_a_prompt_of_one_token_has_no_likely_ones(driver: Driver) -> None:
+    asking = new(1, prompt(1, 1), prefill_logprobs=True, prefill_top_n_tokens=3)
+    (generation,) = driver.submit(add=[asking], chunks=[(1, 1)]).result(10).generations
+    assert generation.prefill is not None
+    assert generation.prefill.top_tokens == [TopTokens([], [])]
 
 
 def test_a_long_prompt_with_a_resumed_tail_reports_prompt_positions_only(driver: Driver) -> None:

@@ -78,7 +78,7 @@ def test_every_processor_and_every_logprob_takes_part() -> None:
     step = largest_step(limits, sequence_limits(10, prefill_logprobs=True))
     for new in step.new_sequences:
         assert new.sampling.has_filter and new.sampling.has_penalty and new.sampling.do_sample
-        assert new.prefill_logprobs and new.top_n_tokens
+        assert new.prefill_logprobs and new.top_n_tokens and new.prefill_top_n_tokens
 
 
 def test_an_engine_that_verifies_its_plan_runs_it_once_and_forgets_it() -> None:

@@ -163,18 +163,19 @@ class _Text:
         text_of = self.answers.texts.of
         wants_top = bool(self.asked.logprobs)
         lists = CompletionLogprobs([], [], [] if wants_top else None, [])
-        prompt = [(token.id, token.logprob, None) for token in self.prompt_tokens if self.asked.echo]
+        prompt = [(token.id, token.logprob, token.top or None) for token in self.prompt_tokens if self.asked.echo]
         output = [
-            (event.token.id, event.token.logprob, {_shown(text_of(top.id)): as_f32(top.logprob) for top in tops})
+            (event.token.id, event.token.logprob, [(top.id, top.logprob) for top in event.top_tokens or ()])
             for event in self.tokens
-            for tops in [event.top_tokens or ()]
         ]
         for token_id, logprob, top in [*prompt, *output]:
             raw = text_of(token_id)
             lists.tokens.append(_shown(raw))
             lists.token_logprobs.append(as_f32(logprob))
             if lists.top_logprobs is not None:
-                lists.top_logprobs.append(top)
+                # Of a prompt's first token nothing is known.
+                tops = None if top is None else {_shown(text_of(top_id)): as_f32(p) for top_id, p in top}
+                lists.top_logprobs.append(tops)
             lists.text_offset.append(self.num_shown)
             if not self._is_hidden(token_id, _shown(raw)):
                 self.num_shown += len(self._characters.decode(raw))

@@ -142,7 +142,11 @@ def completion_parameters(body: CompletionBody) -> tuple[GenerateParameters, Mor
     wants_prompt = bool(body.echo) and body.logprobs is not None
     if wants_prompt and body.stream:
         raise ValidationError("`echo` with `logprobs` is not supported when streaming tokens")
-    return parameters_of(body, max_tokens=body.max_tokens, top_n_tokens=body.logprobs or 0, details=wants_prompt)
+    top_n_tokens = body.logprobs or 0
+    parameters, more = parameters_of(body, max_tokens=body.max_tokens, top_n_tokens=top_n_tokens, details=wants_prompt)
+    if wants_prompt:
+        more = msgspec.structs.replace(more, prefill_top_n_tokens=top_n_tokens)
+    return parameters, more
 
 
 def _check_stream_options(body: SamplingFields) -> None:
