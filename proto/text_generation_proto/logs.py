@@ -8,19 +8,20 @@ message to the launcher: progress of a long task, or readiness.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import queue
-import sys
 import threading
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 _STANDARD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
 
 LEVELS = {"trace": logging.DEBUG, "debug": logging.DEBUG, "info": logging.INFO, "warn": logging.WARNING}
 LEVELS |= {"warning": logging.WARNING, "error": logging.ERROR, "critical": logging.CRITICAL, "off": logging.CRITICAL}
 
+STDERR = 2
 FLUSH_S = 2.0
 """That the end of a process waits for its last lines to be written."""
 
@@ -53,31 +54,30 @@ class BackgroundHandler(logging.Handler):
     Lines that find no room are counted, and the number is a line when there is some again.
     """
 
-    def __init__(self, stream: TextIO, *, capacity: int = 10_000) -> None:
-        """``capacity`` in lines."""
+    def __init__(self, stream: BinaryIO | io.RawIOBase, *, capacity: int = 10_000) -> None:
+        """``stream``: without a buffer, whose lock would hold up the end of the process. ``capacity``: in lines."""
         super().__init__()
         self._stream = stream
-        self._queue: queue.Queue[str | threading.Event] = queue.Queue(capacity)
+        self._capacity = capacity
+        # Whatever is logged while it is changed, by a finalizer say, has to find its way in.
+        self._queue: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()
         self._num_dropped = 0
         threading.Thread(target=self._write_all, name="log-writer", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            line = self.format(record)
-        except Exception:
-            self.handleError(record)
+        if self._queue.qsize() >= self._capacity:
+            self._num_dropped += 1
             return
         try:
-            self._queue.put_nowait(line)
-        except queue.Full:
-            self._num_dropped += 1
+            self._queue.put(self.format(record))
+        except Exception:
+            self.handleError(record)
 
     def flush(self) -> None:
         """Wait until all is written that was logged before, but not for ever."""
         written = threading.Event()
-        with contextlib.suppress(queue.Full):
-            self._queue.put(written, timeout=FLUSH_S)
-            written.wait(FLUSH_S)
+        self._queue.put(written)
+        written.wait(FLUSH_S)
 
     def _write_all(self) -> None:
         while True:
@@ -91,18 +91,19 @@ class BackgroundHandler(logging.Handler):
                     __name__, logging.WARNING, "", 0, "%d log lines were dropped: the log was not read", (number,), None
                 )
                 item = f"{item}\n{self.format(lost)}"
-            with contextlib.suppress(OSError):  # nobody reads any more; serving goes on
-                self._stream.write(f"{item}\n")
-                self._stream.flush()
+            left = f"{item}\n".encode(errors="replace")
+            with contextlib.suppress(Exception):  # nobody reads any more, say; serving goes on
+                while left:
+                    left = left[self._stream.write(left) :]
 
 
-def configure_logging(level: str = "info", stream: TextIO | None = None) -> None:
+def configure_logging(level: str = "info", stream: BinaryIO | None = None) -> None:
     """Send all records of this process as JSON lines to ``stream`` (standard error).
 
     ``level`` is a TGI ``LOG_LEVEL``: a level name, or a filter such as ``info,text_generation_router=debug``.
     Entries that name neither a level nor ``target=level`` are ignored with a warning.
     """
-    handler = BackgroundHandler(stream or sys.stderr)
+    handler = BackgroundHandler(stream or io.FileIO(STDERR, "w", closefd=False))
     handler.setFormatter(JsonFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -30,12 +30,13 @@ class Backlog(Protocol):
 class Permit:
     """A place among ``max_concurrent_requests``, given back once."""
 
-    __slots__ = ("_permits", "_tenant")
+    __slots__ = ("_permits", "_tenant", "is_part")
 
-    def __init__(self, permits: Permits | None, tenant: bytes = b"") -> None:
-        """None: another permit stands for this one."""
+    def __init__(self, permits: Permits | None, tenant: bytes = b"", *, is_part: bool = False) -> None:
+        """``permits``: None where another permit stands for this one. ``is_part``: of a request that takes several."""
         self._permits = permits
         self._tenant = tenant
+        self.is_part = is_part
 
     def release(self) -> None:
         if self._permits is not None:
@@ -57,7 +58,7 @@ class Permits:
         self._taken: Counter[bytes] = Counter()
         self._tenants = tenants
 
-    def take(self, tenant: bytes = b"") -> Permit:
+    def take(self, tenant: bytes = b"", *, is_part: bool = False) -> Permit:
         """Raises: Overloaded."""
         kept = 0
         if self._kept:
@@ -66,7 +67,7 @@ class Permits:
             raise Overloaded()
         self.num_taken += 1
         self._taken[tenant] += 1
-        return Permit(self, tenant)
+        return Permit(self, tenant, is_part=is_part)
 
     def give_back(self, tenant: bytes) -> None:
         self.num_taken -= 1
@@ -97,7 +98,7 @@ class Admission:
             if self._backlog.is_full:
                 raise Overloaded
             while len(permits) < count:
-                permits.append(self.permits.take(caller.tenant))
+                permits.append(self.permits.take(caller.tenant, is_part=count > 1))
         except Overloaded:
             for permit in permits:
                 permit.release()

@@ -204,7 +204,7 @@ class Inference:
         try:
             async with in_time(caller):
                 valid, validation_s = await self._validate(request, caller)
-            queued = QueuedRequest(valid, validation_s)
+            queued = QueuedRequest(valid, validation_s, is_part=permit.is_part)
             self._batcher.enqueue(queued)
             return Generation(queued, self._batcher, permit, self._deadline(queued, caller))
         except BaseException:

@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 YOUNG_OBJECTS = 5_000
 """So many more than before, and the collector looks through them. A token of each of 256 streams is 1,500, which are
 gone a moment later: to look through them twice a step, as Python does by itself, is a tenth of what the step costs."""
-CLOSE_S = 3.0
+LAST_ERRORS_S = 3.0
 """After the grace is over: time for the last errors to reach the clients."""
 
 Result = TypeVar("Result")
@@ -112,10 +112,12 @@ async def serve(flags: RouterFlags, shutdown: Shutdown | None = None) -> int:
             return code
         closing = asyncio.create_task(_close(servers, flags.graceful_termination_timeout - drain.age_s))
         await _until_forced(closing, shutdown)
-        for server in servers:
-            server.force_exit = True
+        if shutdown.signal is not None:
+            code = 128 + shutdown.signal
+            for server in servers:
+                server.force_exit = True
         await closing
-        return 0 if shutdown.signal is None else 128 + shutdown.signal
+        return code
 
 
 def make_routes(flags: RouterFlags, backend: Backend, service: ServiceRoutes) -> Routes:
@@ -280,7 +282,7 @@ async def _until_end(flags: RouterFlags, backend: Backend, shutdown: Shutdown, d
             code = 128 + shutdown.signal
     # Ends what is still running: every client gets an error, none a connection that just breaks.
     await end_task(backend.batching)
-    if not await drain.idle(CLOSE_S):
+    if not await drain.idle(LAST_ERRORS_S):
         logger.warning("%s requests did not end in time", drain.num_active)
     return code
 

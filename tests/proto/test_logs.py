@@ -21,24 +21,24 @@ def restored_logging() -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.NOTSET)
 
 
-def lines(stream: io.StringIO) -> list[dict[str, object]]:
+def lines(stream: io.BytesIO) -> list[dict[str, object]]:
     for handler in logging.getLogger().handlers:
         handler.flush()
-    return [json.loads(line) for line in stream.getvalue().splitlines()]
+    return [json.loads(line) for line in stream.getvalue().decode().splitlines()]
 
 
 def test_a_record_is_one_line_whatever_is_in_it() -> None:
-    stream = io.StringIO()
+    stream = io.BytesIO()
     configure_logging("info", stream)
     logging.getLogger("here").warning("two\nlines %s", "\x1b[31m", extra={"field": 1})
     (line,) = lines(stream)
     assert (line["level"], line["target"], line["field"]) == ("WARNING", "here", 1)
     assert line["message"] == "two\nlines \x1b[31m"
-    assert "\x1b" not in stream.getvalue()
+    assert "\x1b" not in stream.getvalue().decode()
 
 
 def test_an_exception_is_part_of_the_line() -> None:
-    stream = io.StringIO()
+    stream = io.BytesIO()
     configure_logging("info", stream)
     try:
         raise ValueError("why")
@@ -48,7 +48,7 @@ def test_an_exception_is_part_of_the_line() -> None:
 
 
 def test_a_filter_sets_levels_by_target() -> None:
-    stream = io.StringIO()
+    stream = io.BytesIO()
     configure_logging("warn,text_generation_router=debug", stream)
     logging.getLogger("other").info("hidden")
     logging.getLogger("text_generation_router.app").debug("shown")
@@ -56,13 +56,13 @@ def test_a_filter_sets_levels_by_target() -> None:
 
 
 def test_an_unknown_level_is_named() -> None:
-    stream = io.StringIO()
+    stream = io.BytesIO()
     configure_logging("info,loud", stream)
     assert "loud" in str(lines(stream)[0]["message"])
 
 
 def test_no_level_silences_messages_to_the_launcher() -> None:
-    stream = io.StringIO()
+    stream = io.BytesIO()
     configure_logging("off", stream)
     send_event("ready", "Listening", seconds={"load": 1.5})
     (line,) = lines(stream)
@@ -71,7 +71,7 @@ def test_no_level_silences_messages_to_the_launcher() -> None:
 
 def test_a_stream_that_nobody_reads_stops_nobody() -> None:
     reading, writing = os.pipe()
-    with open(reading) as reader, open(writing, "w") as writer, ThreadPoolExecutor() as pool:
+    with open(reading) as reader, open(writing, "wb", buffering=0) as writer, ThreadPoolExecutor() as pool:
         handler = BackgroundHandler(writer, capacity=100)
         handler.setFormatter(JsonFormatter())
 

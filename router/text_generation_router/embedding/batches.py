@@ -24,6 +24,8 @@ TURN = 16
 """Texts that a request puts into a batch before it is another's turn."""
 WATCH_EVERY_S = 1.0
 RECOVERY_PAUSE_S = 0.2
+LEAST_TOKENS = 512
+"""Of a batch at most, however short memory is: a text alone may have as many."""
 MAX_CRASHES = 2
 """Of the shard over one text: from then on it goes alone."""
 NOT_FINITE = "Server error: the model's vector of a text was not finite"
@@ -42,6 +44,8 @@ class Job:
     """In which they are computed: those of one length are computed together, without padding."""
     num_taken: int = 0
     num_missing: int = 0
+    crashes: Counter[int] = field(default_factory=Counter)
+    """How often the shard was lost over each of the texts."""
 
     def __post_init__(self) -> None:
         self.vectors = [b""] * len(self.texts)
@@ -103,11 +107,9 @@ class EncoderBatcher:
         self._wake = asyncio.Event()
         self._answers = True
         self._again: deque[list[Place]] = deque()
-        """Batches over which the shard was lost: each is computed alone."""
+        """Batches, and halves of batches, that failed or over which the shard was lost: each is computed alone."""
         self._is_alone = False
         """Whether one of them is computed now."""
-        self._crashes: Counter[Place] = Counter()
-        """How often the shard was lost over each of their texts."""
         self._is_lost = False
         self._given_up = False
         self._closed = False
@@ -157,7 +159,8 @@ class EncoderBatcher:
             await job.done  # who is cancelled here cancels it, and what is left of the job with it
         finally:
             self._num_jobs -= 1
-            self._departures.note(time.perf_counter(), num_left=self._num_jobs)
+            if job.num_taken:  # of the pace, one that was turned away says nothing
+                self._departures.note(time.perf_counter(), num_left=self._num_jobs)
         return job.vectors
 
     async def run(self) -> None:
@@ -202,8 +205,9 @@ class EncoderBatcher:
             if isinstance(error, EmbeddingFailed):
                 if error.out_of_memory:
                     self._make_batches_smaller(batch)
-                if len(batch) > 1:  # it may be one of them
-                    self._again += [[place] for place in batch]
+                if len(batch) > 1:  # it may be too large, or one of them is at fault
+                    middle = len(batch) // 2
+                    self._again += [batch[:middle], batch[middle:]]
                     return
             message = f"Server error: {error}" if self._answers else NO_SHARD
             for job in {job for job, _ in batch}:
@@ -218,7 +222,7 @@ class EncoderBatcher:
             self._answers = True
             width = self._vector_bytes
             for place, (job, index) in enumerate(batch):
-                self._crashes.pop((job, index), None)
+                del job.crashes[index]
                 vector = raw[place * width : (place + 1) * width]
                 if not math.isfinite(sum(array("f", vector))):
                     _fail(job, GenerationFailed(NOT_FINITE))
@@ -232,10 +236,11 @@ class EncoderBatcher:
             self._wake.set()
 
     def _make_batches_smaller(self, batch: list[Place]) -> None:
-        """This one was too large for the device's memory."""
+        """If this one was about as large as they get: else memory is short for another reason."""
         self._metrics.out_of_memory_count.inc()
-        size = max(sum(len(job.texts[index]) for job, index in batch) // 2, 1)
-        if size < self._max_tokens:
+        size = max(self._max_tokens // 2, LEAST_TOKENS)
+        # One that is larger than any now was on its way when the one before it failed.
+        if size < sum(len(job.texts[index]) for job, index in batch) <= self._max_tokens:
             self._max_tokens = size
             logger.warning("Out of memory: batches have at most %s tokens from now on", size)
 
@@ -259,12 +264,13 @@ class EncoderBatcher:
         One of its texts may be what makes the shard fail. The second time they go one by one, and the one that is
         alone when it happens again has failed.
         """
-        if len(batch) == 1 and self._crashes[batch[0]] >= MAX_CRASHES:
-            del self._crashes[batch[0]]
-            _fail(batch[0][0], GenerationFailed(f"Server error: {LOST}"))
+        first, index = batch[0]
+        if len(batch) == 1 and first.crashes[index] >= MAX_CRASHES:
+            _fail(first, GenerationFailed(f"Server error: {LOST}"))
         else:
-            self._crashes.update(batch)
-            suspected = any(self._crashes[place] >= MAX_CRASHES for place in batch)
+            for job, index in batch:
+                job.crashes[index] += 1
+            suspected = any(job.crashes[index] >= MAX_CRASHES for job, index in batch)
             self._again += [[place] for place in batch] if suspected else [batch]
         self._is_lost = True
         while self._is_lost:

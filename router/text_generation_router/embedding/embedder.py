@@ -138,7 +138,7 @@ class SequenceEmbedder:
             "", GenerateParameters(max_new_tokens=1), more=MoreParameters(embeds=True), input_ids=tuple(ids)
         )
         # The request's permit stands for all of its texts.
-        async with places, await self._inference.start(request, caller, Permit(None)) as generation:
+        async with places, await self._inference.start(request, caller, Permit(None, is_part=True)) as generation:
             while await generation.next_events():
                 pass
             return generation.embedding

@@ -198,12 +198,18 @@ class Batcher:
                 self._sent[step_id] = _SentStep(now, plan, plan.work, follows)
 
     def _turn_away_surplus(self) -> None:
-        """Of those that found no place in a step, as many may wait as may: who came at once was let in at once."""
-        while self._max_queue_size is not None and self.num_waiting > self._max_queue_size:
-            not_begun = (queued for queued in self._scheduler.waiting if queued.started_at is None)
-            newest = max(not_begun, key=lambda queued: queued.enqueued_at)
-            self._scheduler.cancel(newest)
-            self._fail([newest], Overloaded(self.turn_away()))
+        """Of those that found no place in a step, as many may wait as may: who came at once was let in at once.
+
+        Parts of a request, which was let in as a whole, stay.
+        """
+        if self._max_queue_size is None or (surplus := self.num_waiting - self._max_queue_size) <= 0:
+            return
+        not_begun = (each for each in self._scheduler.waiting if each.started_at is None and not each.is_part)
+        for queued in sorted(not_begun, key=lambda each: -each.enqueued_at)[:surplus]:
+            self._scheduler.cancel(queued)
+            del self._answers[queued]  # of the pace at which requests leave it says nothing
+            queued.stream.fail(Overloaded(self.turn_away()))
+        self._show_state()
 
     def _waits_for_others(self) -> bool:
         """Whether the next step is better planned a little later; the loop is woken then."""
@@ -416,11 +422,11 @@ class Batcher:
         self._out_of_memory_at = now
         if now - before >= OUT_OF_MEMORY_WINDOW_S:
             return
-        if refused.chunks:
+        if refused.chunks and self._scheduler.limits.max_batch_prefill_tokens > 1:
             tokens = self._scheduler.halve_prefill_budget()
             self._metrics.batch_max_prefill_tokens.set(tokens)
             logger.warning("Out of memory again: steps take in %s tokens of prompts from now on", tokens)
-        if all(sequence.queued.output_ids for sequence, _ in refused.chunks):
+        else:
             size = self._scheduler.run_at_most(sum(1 for _ in refused.sequences()) // 2)
             logger.warning("Out of memory again: %s requests run at once from now on", size)
 

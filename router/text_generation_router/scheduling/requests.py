@@ -209,6 +209,8 @@ class QueuedRequest:
 
     request: ValidRequest
     validation_s: float
+    is_part: bool = False
+    """Of a request that was let in as a whole."""
     stream: EventStream = field(default_factory=EventStream)
     output_ids: list[int] = field(default_factory=list)
     enqueued_at: float = field(default_factory=time.perf_counter)

@@ -57,10 +57,9 @@ class Sequence:
     num_pending: int = 0
     """Tokens sampled on the device that the host has not read yet; they follow ``token_ids``."""
     failed: bool = False
-    next_prompt_logprob: Tensor | None = field(default=None, repr=False)
-    """Logprob of the first token behind the last computed one; float32 scalar on the device. None: unknown."""
-    next_prompt_top: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
-    """The most likely tokens there, where these are wanted: logprobs and ids [P]. None: unknown."""
+    next_prompt_logprobs: list[Tensor] | None = field(default=None, repr=False)
+    """Logprob of the first token behind the last computed one, a float32 scalar on the device; and where likely ones
+    are wanted their logprobs and ids, [P]. None: unknown."""
 
     @property
     def num_tokens(self) -> int:

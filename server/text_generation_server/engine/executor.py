@@ -26,8 +26,8 @@ from text_generation_server.generation.sampler import (
     Sampled,
     SamplingRow,
     TopCandidates,
-    first_of_top,
-    prefetch_top_tokens,
+    likeliest,
+    num_likely,
     prepare,
     read_top_tokens,
     sample,
@@ -55,9 +55,19 @@ class PromptLogprobs:
     top_values: list[Tensor] = field(default_factory=list)
     """Logprobs of the most likely tokens, where these are wanted, [N, P]; and their ids."""
     top_ids: list[Tensor] = field(default_factory=list)
+    readback: Readback | None = None
+    """What these come to."""
 
-    def joined(self) -> list[Tensor]:
-        return [torch.cat(parts) for parts in (self.logprobs, self.top_values, self.top_ids) if parts]
+    def read_back(self) -> None:
+        self.readback = Readback(
+            *(torch.cat(parts) for parts in (self.logprobs, self.top_values, self.top_ids) if parts)
+        )
+
+    def get(self) -> PrefillLogprobs:
+        assert self.readback is not None
+        logprobs_N, *top = self.readback.get()
+        top_tokens = _read_prompt_top(*top, wanted=self.sequence.prefill_top_n_tokens) if top else []
+        return PrefillLogprobs(self.first_position, logprobs_N.tolist(), top_tokens)
 
 
 @dataclass(slots=True)
@@ -73,8 +83,6 @@ class Launched:
     top: TopCandidates | None = None
     prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
     """By sequence id."""
-    prompt_readbacks: list[Readback] = field(default_factory=list)
-    """What each of these has joined."""
     unguided: dict[int, str] = field(default_factory=dict)
     """Sequence id -> why its grammar cannot say what comes next."""
     embedded: list[Sequence] = field(default_factory=list)
@@ -143,7 +151,8 @@ class StepExecutor:
                 if self._is_leader:
                     sampling_rows = self._guided(sampling_rows, launched, previous, ahead)
                 self._choose(logits_SV, sampling_rows, input_ids_T, launched)
-            launched.prompt_readbacks = [Readback(*each.joined()) for each in launched.prompt_logprobs.values()]
+            for reported in launched.prompt_logprobs.values():
+                reported.read_back()
             if launched.embedded:
                 launched.embeddings = Readback(_mean_states(launched.embedded))
         return launched
@@ -176,16 +185,9 @@ class StepExecutor:
                     [logprobs[index]],
                     [top_tokens[index]] if index in top_tokens else [],
                 )
-        for reported, readback in zip(launched.prompt_logprobs.values(), launched.prompt_readbacks, strict=True):
-            sequence = reported.sequence
-            if not sequence.failed:
-                logprobs_N, *top = readback.get()
-                generation = generations.setdefault(sequence.sequence_id, Generation(sequence.sequence_id))
-                generation.prefill = PrefillLogprobs(
-                    reported.first_position,
-                    logprobs_N.tolist(),
-                    _read_prompt_top(*top, wanted=sequence.prefill_top_n_tokens) if top else [],
-                )
+        for sequence_id, reported in launched.prompt_logprobs.items():
+            if not reported.sequence.failed:
+                generations.setdefault(sequence_id, Generation(sequence_id)).prefill = reported.get()
         if launched.embeddings is not None:
             (vectors_EH,) = launched.embeddings.get()
             for sequence, vector_H in zip(launched.embedded, vectors_EH, strict=True):
@@ -287,24 +289,20 @@ class StepExecutor:
         targets = sequence.token_ids[row.start + 1 : row.start + 1 + num_predicted]
         targets_N = to_device(targets, torch.int64, self._device)
         logprobs_NV = torch.log_softmax(logits_NV[:num_predicted], -1, dtype=torch.float32)
-        first = sequence.next_prompt_logprob
-        if first is None:
-            first = torch.full((), math.nan, device=self._device)
-        known = torch.cat([first.view(1), logprobs_NV.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)])
-        num_reported = min(row.end, sequence.num_prompt_tokens) - row.start
-        sequence.next_prompt_logprob = known[num_reported] if num_reported < known.shape[0] else None
-        reported = launched.prompt_logprobs.setdefault(sequence.sequence_id, PromptLogprobs(sequence, row.start))
-        reported.logprobs.append(known[:num_reported])
+        found = [logprobs_NV.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)]
         if sequence.prefill_top_n_tokens:
-            values_NP, ids_NP = prefetch_top_tokens(logprobs_NV, sequence.prefill_top_n_tokens)
-            places = values_NP.shape[1:]
-            unknown = values_NP.new_full(places, math.nan), ids_NP.new_zeros(places)
-            first_P, first_ids_P = sequence.next_prompt_top or unknown
-            values_NP, ids_NP = torch.cat([first_P[None], values_NP]), torch.cat([first_ids_P[None], ids_NP])
-            has_next = num_reported < values_NP.shape[0]
-            sequence.next_prompt_top = (values_NP[num_reported], ids_NP[num_reported]) if has_next else None
-            reported.top_values.append(values_NP[:num_reported])
-            reported.top_ids.append(ids_NP[:num_reported])
+            found += logprobs_NV.topk(num_likely(sequence.prefill_top_n_tokens, logprobs_NV.shape[-1]))
+        unknown = [math.nan, math.nan, 0]
+        first = sequence.next_prompt_logprobs or [
+            each.new_full(each.shape[1:], value) for each, value in zip(found, unknown[: len(found)], strict=True)
+        ]
+        known = [torch.cat([ahead[None], each]) for ahead, each in zip(first, found, strict=True)]
+        num_reported = min(row.end, sequence.num_prompt_tokens) - row.start
+        has_next = num_reported < known[0].shape[0]
+        sequence.next_prompt_logprobs = [each[num_reported] for each in known] if has_next else None
+        reported = launched.prompt_logprobs.setdefault(sequence.sequence_id, PromptLogprobs(sequence, row.start))
+        for parts, each in zip((reported.logprobs, reported.top_values, reported.top_ids), known, strict=False):
+            parts.append(each[:num_reported])
 
     def _allowed_ahead(self, rows: list[Row]) -> dict[int, Future[Allowed]]:
         """What grammars allow, by sequence id, found out on another thread while the model computes: for those whose
@@ -422,7 +420,7 @@ def _sampling_row(row: Row, token_index: int) -> SamplingRow:
 def _read_prompt_top(values_NP: Tensor, ids_NP: Tensor, *, wanted: int) -> list[TopTokens]:
     rows = zip(values_NP.tolist(), ids_NP.tolist(), strict=True)
     return [
-        TopTokens([], []) if math.isnan(values_P[0]) else TopTokens(*first_of_top(values_P, ids_P, wanted))
+        TopTokens([], []) if math.isnan(values_P[0]) else TopTokens(*likeliest(values_P, ids_P, wanted))
         for values_P, ids_P in rows
     ]
 

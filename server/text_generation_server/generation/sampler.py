@@ -324,22 +324,20 @@ def _top_candidates(
     # In the same two steps as the chosen token's, so that a token has one logprob wherever it is reported.
     below_best_RV = scores_SV[asking_R] - best_S[asking_R].unsqueeze(-1)
     logprobs_RV = (below_best_RV.double() - log_totals_S[asking_R].unsqueeze(-1)).float()
-    places = min(max(wanted) + _SPARE_TOP_TOKENS, logprobs_RV.shape[-1])
-    values_RN, ids_RN = logprobs_RV.topk(places)
+    values_RN, ids_RN = logprobs_RV.topk(num_likely(max(wanted), logprobs_RV.shape[-1]))
     last_R1 = values_RN.gather(-1, to_device(wanted, torch.int64, scores_SV.device).unsqueeze(-1) - 1)
     counts_R = ((logprobs_RV >= last_R1) & (logprobs_RV > -torch.inf)).sum(-1)
     return TopCandidates(asking, wanted, logprobs_RV, values_RN, ids_RN, counts_R)
 
 
-def prefetch_top_tokens(logprobs_NV: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-    """The ``wanted`` most likely tokens of each row and some to spare, logprobs and ids [N, P]: see `first_of_top`."""
-    values_NP, ids_NP = logprobs_NV.topk(min(wanted + _SPARE_TOP_TOKENS, logprobs_NV.shape[-1]))
-    return values_NP, ids_NP
+def num_likely(wanted: int, vocab_size: int) -> int:
+    """How many of a row's likeliest tokens to look at for those that are wanted: some tie with the last of these."""
+    return min(wanted + _SPARE_TOP_TOKENS, vocab_size)
 
 
-def first_of_top(values_P: list[float], ids_P: list[int], wanted: int) -> tuple[list[int], list[float]]:
-    """Ids and logprobs of exactly as many as are wanted, lower ids first among ties."""
-    pairs = sorted(zip(ids_P, values_P, strict=True), key=lambda pair: (-pair[1], pair[0]))[:wanted]
+def likeliest(values_P: list[float], ids_P: list[int], count: int) -> tuple[list[int], list[float]]:
+    """Ids and logprobs of so many: descending, lower ids first among ties."""
+    pairs = sorted(zip(ids_P, values_P, strict=True), key=lambda pair: (-pair[1], pair[0]))[:count]
     return [token_id for token_id, _ in pairs], [value for _, value in pairs]
 
 
@@ -354,5 +352,4 @@ def read_top_tokens(
         last = values_N[wanted - 1]
         ids = (logprobs_V >= last).nonzero().squeeze(-1)
         ids_N, values_N = ids.tolist(), logprobs_V[ids].tolist()
-    ordered = sorted(zip(ids_N, values_N, strict=True), key=lambda pair: (-pair[1], pair[0]))[:count]
-    return [token_id for token_id, _ in ordered], [value for _, value in ordered]
+    return likeliest(values_N, ids_N, count)

@@ -240,13 +240,20 @@ async def test_a_vector_that_is_not_finite_fails_alone() -> None:
     assert "not finite" in str(results[1])
 
 
-async def test_batches_that_do_not_fit_become_smaller() -> None:
+async def test_batches_that_do_not_fit_become_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "LEAST_TOKENS", 2)
     shards = Shards()
     shards.room = 5
     async with running(shards) as batcher:
         assert await batcher.embed([[number] for number in range(30)]) == raw(*range(30))
-    assert [len(batch) for batch in shards.batches if len(batch) > 5] in ([8], [8, 8])
-    assert len(shards.batches[-1]) > 1
+        assert [len(batch) for batch in shards.batches if len(batch) > 5] in ([8], [8, 8])
+        assert len(shards.batches[-1]) > 1
+        shards.room = 0  # for another reason than the size of batches
+        with pytest.raises(GenerationFailed, match="no memory"):
+            await batcher.embed([[1]])
+        shards.room = 5
+        assert await batcher.embed([[number] for number in range(4)]) == raw(*range(4))
+        assert len(shards.batches[-1]) == 4
 
 
 async def test_a_queue_of_a_given_length() -> None:
@@ -257,6 +264,7 @@ async def test_a_queue_of_a_given_length() -> None:
         for refused in asked[4:]:  # two are computed, two wait
             with pytest.raises(Overloaded):
                 await refused
+        assert not batcher._departures._intervals, "who is turned away says nothing of the pace"
         assert batcher.is_full
         assert batcher.turn_away() >= 1
         shards.gate.set()

@@ -48,7 +48,7 @@ class Router:
     scheduler: StepScheduler
     metrics: Metrics
 
-    def ask(self, prompt: str, max_new_tokens: int = 5, **options: object) -> QueuedRequest:
+    def ask(self, prompt: str, max_new_tokens: int = 5, *, is_part: bool = False, **options: object) -> QueuedRequest:
         request = ValidRequest(
             inputs=prompt,
             input_ids=TOKENIZER.encode(prompt).ids,
@@ -56,7 +56,7 @@ class Router:
             max_new_tokens=max_new_tokens,
             **options,  # type: ignore[arg-type]
         )
-        queued = QueuedRequest(request, validation_s=0.0)
+        queued = QueuedRequest(request, validation_s=0.0, is_part=is_part)
         self.batcher.enqueue(queued)
         return queued
 
@@ -300,11 +300,24 @@ async def test_who_comes_at_once_may_wait_in_a_queue_of_a_given_length(tmp_path:
                 await text(queued)
             assert refused.value.retry_after_s >= 1
         assert router.batcher.is_full
+        assert not router.batcher._departures._intervals, "who is turned away says nothing of the pace"
         assert shard.gate is not None
         shard.gate.set()
         assert [await text(queued) for queued in asked[:5]] == [letter * 5 for letter in "abcde"]
         assert router.batcher.num_waiting == 0
         await settled(router, shard)
+
+
+async def test_parts_of_a_request_that_was_let_in_stay(tmp_path: Path) -> None:
+    shard = FakeShard(gate=asyncio.Event())
+    async with running(tmp_path, shard, max_batch_size=1, max_queue_size=1) as router:
+        parts = [router.ask(letter, is_part=True) for letter in "abcd"]
+        later = router.ask("e")
+        with pytest.raises(Overloaded):
+            await text(later)
+        assert shard.gate is not None
+        shard.gate.set()
+        assert [await text(queued) for queued in parts] == [letter * 5 for letter in "abcd"]
 
 
 async def test_nobody_is_turned_away_that_runs_at_once(tmp_path: Path) -> None:
