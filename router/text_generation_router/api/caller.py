@@ -33,12 +33,21 @@ def tenant_of_key(key: bytes) -> bytes:
 
 
 def caller_of(scope: Scope) -> Caller:
-    """A malformed trace context is nobody's error and counts as none. Raises: ValidationError for the other headers."""
+    """Who sent the request of this scope, which an `Endpoint` has noted."""
+    caller: Caller = scope["state"]["caller"]
+    return caller
+
+
+def note_caller(scope: Scope) -> None:
+    """Read the headers, once, when the request is there: from then on its time runs.
+
+    A malformed trace context is nobody's error and counts as none. Raises: ValidationError for the other headers.
+    """
     trace = header(scope, b"traceparent")
     # Also where no key is asked for, and in any form: a gateway in front may know its tenants by theirs.
     key = key_of(scope) or header(scope, b"authorization")
     timeout_ms = _number(scope, b"x-request-timeout-ms", 1, MAX_TIMEOUT_MS)
-    return Caller(
+    scope.setdefault("state", {})["caller"] = Caller(
         traceparent=trace.decode("ascii") if trace is not None and _TRACEPARENT.fullmatch(trace) else "",
         tenant=b"" if key is None else tenant_of_key(key),
         priority=_number(scope, b"x-priority", -MAX_PRIORITY, MAX_PRIORITY) or 0,

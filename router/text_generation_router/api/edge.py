@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from text_generation_router.api.body import header
-from text_generation_router.api.caller import key_of, tenant_of_key
+from text_generation_router.api.caller import key_of, note_caller, tenant_of_key
 from text_generation_router.api.disconnect import ClientGone
 from text_generation_router.api.reply import send_empty
 from text_generation_router.draining import Drain
@@ -66,6 +66,7 @@ class Endpoint:
             if method == "POST":
                 if self._drain.begun:
                     raise ShuttingDown
+                note_caller(scope)
                 receive = _BodyReceive(receive, self._drain)
         with self._drain:
             try:

@@ -200,12 +200,13 @@ class Batcher:
     def _turn_away_surplus(self) -> None:
         """Of those that found no place in a step, as many may wait as may: who came at once was let in at once.
 
-        Parts of a request, which was let in as a whole, stay.
+        Parts of a request, which was let in as a whole, stay, and send nobody away.
         """
-        if self._max_queue_size is None or (surplus := self.num_waiting - self._max_queue_size) <= 0:
+        if self._max_queue_size is None or self.num_waiting <= self._max_queue_size:
             return
-        not_begun = (each for each in self._scheduler.waiting if each.started_at is None and not each.is_part)
-        for queued in sorted(not_begun, key=lambda each: -each.enqueued_at)[:surplus]:
+        not_begun = [each for each in self._scheduler.waiting if each.started_at is None and not each.is_part]
+        not_begun.sort(key=lambda each: each.enqueued_at)
+        for queued in not_begun[self._max_queue_size :]:
             self._scheduler.cancel(queued)
             del self._answers[queued]  # of the pace at which requests leave it says nothing
             queued.stream.fail(Overloaded(self.turn_away()))

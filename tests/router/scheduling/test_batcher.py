@@ -312,12 +312,12 @@ async def test_parts_of_a_request_that_was_let_in_stay(tmp_path: Path) -> None:
     shard = FakeShard(gate=asyncio.Event())
     async with running(tmp_path, shard, max_batch_size=1, max_queue_size=1) as router:
         parts = [router.ask(letter, is_part=True) for letter in "abcd"]
-        later = router.ask("e")
+        alone, surplus = router.ask("e"), router.ask("f")
         with pytest.raises(Overloaded):
-            await text(later)
+            await text(surplus)
         assert shard.gate is not None
         shard.gate.set()
-        assert [await text(queued) for queued in parts] == [letter * 5 for letter in "abcd"]
+        assert [await text(queued) for queued in [*parts, alone]] == [letter * 5 for letter in "abcde"]
 
 
 async def test_nobody_is_turned_away_that_runs_at_once(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-import msgspec
 from starlette.types import Scope, Send
 
 from text_generation_router.api.accounting import counted, record_success
@@ -112,9 +111,7 @@ class Answering:
     def _choices(self, requests: Sequence[GenerateRequest], num_copies: int) -> Choices:
         self._requests = requests
         self.totals.num_copies = num_copies
-        # Its time has begun before a chat was made a prompt.
-        caller = msgspec.structs.replace(caller_of(self._scope), asked_at=self._started_at)
-        return Choices(self._answers.inference, caller)
+        return Choices(self._answers.inference, caller_of(self._scope))
 
     def _record(self) -> float:
         """Seconds that it took in all."""
