@@ -75,7 +75,11 @@ class LlvmPaged:
         self.block_size = block_size
         self.dtype = dtype
         self._sights = sorted({(layer.window, layer.chunk) for layer in layers})
-        self._groups = sorted({layer.query_heads // layer.kv_heads for layer in layers})
+        self._groups: dict[int, int] = {}
+        """Query heads that share a key/value head -> the fewest of these in a layer."""
+        for layer in layers:
+            group = layer.query_heads // layer.kv_heads
+            self._groups[group] = min(layer.kv_heads, self._groups.get(group, layer.kv_heads))
         has_kernel = all(
             prefill_attention.supports(
                 layer.query_heads // layer.kv_heads, layer.key_dim, layer.value_dim, block_size, dtype
@@ -106,9 +110,9 @@ class LlvmPaged:
             else:
                 plan.chunks = {
                     group: prefill_attention.plan_chunks(
-                        chunks.block_tables, chunks.query_lens, chunks.context_lens, self.block_size, group
+                        chunks.block_tables, chunks.query_lens, chunks.context_lens, self.block_size, group, kv_heads
                     )
-                    for group in self._groups
+                    for group, kv_heads in self._groups.items()
                 }
         return plan
 

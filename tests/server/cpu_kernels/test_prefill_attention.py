@@ -7,10 +7,13 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import soft_tiles
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from text_generation_server.attention.torch_paged import first_seen
 from text_generation_server.cpu_kernels import compiler, prefill_attention, tiles
 from text_generation_server.cpu_kernels.decode_attention import Shape
@@ -73,13 +76,16 @@ def compiled(registers: MakeRegisters, shape: Shape, window: int, chunk: int) ->
         return PrefillAttention(shape, window=window, chunk=chunk, registers=registers)
 
 
-def made(shape: Shape, rows: list[tuple[int, int]]) -> Case:
-    """``rows``: tokens in the cache before the chunk, and those of the chunk. All other slots hold not-a-number."""
+def made(shape: Shape, rows: list[tuple[int, int]], common: int = 0) -> Case:
+    """``rows``: tokens in the cache before the chunk, and those of the chunk; the first ``common`` are the same of all.
+    All other slots hold not-a-number."""
     generator = torch.Generator().manual_seed(0)
     size = shape.block_size
     counts = [-(-(cached + new) // size) for cached, new in rows]
     order = (torch.randperm(sum(counts), generator=generator) + 1).tolist()
     tables = [[order.pop() for _ in range(count)] for count in counts]
+    for table in tables[1:]:
+        table[: common // size] = tables[0][: common // size]
     slots = [
         [table[place // size] * size + place % size for place in range(cached + new)]
         for table, (cached, new) in zip(tables, rows, strict=True)
@@ -193,6 +199,78 @@ def test_a_prompt_is_the_same_alone_and_among_others_and_in_one_piece_or_several
         queries = together.queries_HTD[:, first : first + count]
         piece = replace(together, chunks=chunks, queries_HTD=queries)
         assert torch.equal(attended(registers, PLAIN, piece, window), whole[first : first + count])
+
+
+ALIKE = [(400, 16), (384, 32), (330, 7), (520, 3), (384, 20), (322, 90), (500, 1), (321, 8)]
+"""Behind 320 tokens that all have in common."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "window", "chunk"),
+    [
+        pytest.param({}, 0, 0, id="as most models"),
+        pytest.param({"query_heads": 9, "kv_heads": 3, "key_dim": 64, "value_dim": 64}, 0, 0, id="three"),
+        pytest.param({"softcap": 3.0, "scaling": 1.0, "has_sinks": True}, 0, 0, id="capped, with sinks"),
+        pytest.param({}, 40, 0, id="a window"),
+        pytest.param({}, 0, 100, id="chunks"),
+    ],
+)
+def test_chunks_that_begin_alike_share_units_and_nothing_else(
+    registers: MakeRegisters, changes: dict[str, Any], window: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = replace(PLAIN, **changes)
+    monkeypatch.setattr(prefill_attention, "UNITS_OF_THREAD", 0)
+    together = made(shape, ALIKE, common=320)
+    assert (together.chunks.units_U4[:, 1] > 1).any()
+    ours, expected = attended(registers, shape, together, window, chunk), obvious(shape, together, window, chunk)
+    errors = (ours.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert errors.max() < 0.02
+    monkeypatch.setattr(prefill_attention, "UNITS_OF_THREAD", 10**6)
+    alone = made(shape, ALIKE, common=320)
+    assert (alone.chunks.units_U4[:, 1] == 1).all()
+    assert torch.equal(attended(registers, shape, alone, window, chunk), ours)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(1, 300), st.integers(0, 15)),
+        min_size=1,
+        max_size=12,
+    ),
+    st.sampled_from([1, 2, 3, 4, 12, 40]),
+)
+def test_a_plan_has_every_query_once_and_shares_what_is_common(
+    rows: list[tuple[int, int, int, int]], group: int
+) -> None:
+    """Each row: blocks of the beginning of all, blocks of its own, tokens of the chunk, tokens before it in a block."""
+    tables, counts, contexts = [], [], []
+    fresh = iter(range(1000, 10**6))
+    for common, own, count, rest in rows:
+        contexts.append((common + own) * 16 + rest + count)
+        table = [*range(1, common + 1), *(next(fresh) for _ in range(-(-contexts[-1] // 16) - common))]
+        tables.append(table)
+        counts.append(count)
+    chunks = prefill_attention.plan_chunks(tables, counts, contexts, 16, group, kv_heads=10**6)
+    pieces = chunks.pieces_P5.tolist()
+    most = group * prefill_attention.parts_of_unit(group)
+    tokens: list[tuple[int, int]] = []
+    used = []
+    for first, number, members, shared in chunks.units_U4.tolist():
+        mine = pieces[first : first + number]
+        used += mine
+        edges = [member for *_, member in mine] + [members]
+        assert edges[0] == 0 and members <= most
+        for (row, token, count, position, member), following in zip(mine, edges[1:], strict=True):
+            assert following - member == prefill_attention.num_members(count, group)
+            tokens += [(token + offset, position + offset) for offset in range(count)]
+            assert shared % SEGMENT == 0 and shared <= position
+            assert tables[row][: shared // 16] == tables[mine[0][0]][: shared // 16]
+        assert (shared > 0) == (number > 1)
+    assert sorted(used) == sorted(pieces)
+    expected: list[tuple[int, int]] = []
+    for count, context in zip(counts, contexts, strict=True):
+        expected += [(len(expected) + offset, context - count + offset) for offset in range(count)]
+    assert sorted(tokens) == expected
 
 
 @pytest.mark.parametrize(("new", "token"), [(40, 20), (8, 3)], ids=["many queries", "few"])
