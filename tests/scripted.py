@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from importlib.metadata import version
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from text_generation_router.guidance.guidance import Guidance
 from text_generation_router.inference import Inference
 from text_generation_router.listening import HttpServer, bind
 from text_generation_router.metrics import Metrics
+from text_generation_router.scheduling.backlog import Backlog
 from text_generation_router.scheduling.batcher import Batcher
 from text_generation_router.scheduling.door import Door
 from text_generation_router.scheduling.requests import (
@@ -108,12 +109,15 @@ class ScriptedBatcher:
     """Stands in for `Batcher`."""
 
     script: Script = hello
-    max_queue_size: int | None = None
+    max_queue_size: InitVar[int | None] = None
     is_ready: bool = True
     running: list[QueuedRequest] = field(default_factory=list)
     """Every request that was enqueued and not cancelled; `Generation` cancels all of them when it is left."""
     seen: list[QueuedRequest] = field(default_factory=list)
     door: Door = field(default_factory=lambda: Door(lambda: None))
+
+    def __post_init__(self, max_queue_size: int | None) -> None:
+        self.backlog = Backlog(lambda: len(self.running), max_queue_size)
 
     def enqueue(self, queued: QueuedRequest) -> None:
         self.running.append(queued)
@@ -126,13 +130,6 @@ class ScriptedBatcher:
 
     def ready(self) -> bool:
         return self.is_ready
-
-    @property
-    def is_full(self) -> bool:
-        return self.max_queue_size is not None and len(self.running) >= self.max_queue_size
-
-    def turn_away(self) -> int:
-        return 7
 
     def expire(self, queued: QueuedRequest, error: RouterError) -> None:
         if queued in self.running:
@@ -251,7 +248,7 @@ async def running(
         the_limits,
         metrics,
         guidance,
-        Admission(cast("Batcher", batcher), max_concurrent_requests),
+        Admission(batcher.backlog, max_concurrent_requests),
     )
     service = ServiceRoutes(tokenizer, inference, metrics, info(), payload_limit=payload_limit)
     drain = Drain()

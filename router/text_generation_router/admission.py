@@ -7,24 +7,13 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
-from typing import Protocol
 
 from text_generation_router.errors import DeadlineExceeded, Overloaded, ShuttingDown
 from text_generation_router.generate_request import NOBODY, Caller
+from text_generation_router.scheduling.backlog import Backlog
 
 RESERVED_SHARE = 4
 """One part in so many of the places is divided among the API keys, each its own; the rest is for who comes first."""
-
-
-class Backlog(Protocol):
-    """What is inside and waits for the model."""
-
-    @property
-    def is_full(self) -> bool:
-        """Whether as many wait as may."""
-
-    def turn_away(self) -> int:
-        """Seconds after which it is worth for a client to come back that finds no place now."""
 
 
 class Permit:

@@ -154,7 +154,7 @@ async def _start_generation(
         config.limits,
         metrics,
         guidance,
-        Admission(batcher, config.max_concurrent_requests, _tenants(flags)),
+        Admission(batcher.backlog, config.max_concurrent_requests, _tenants(flags)),
     )
     return Backend(
         info=info,
@@ -194,7 +194,7 @@ async def _start_encoder(
         tokenizer,
         info.embedding,
         metrics,
-        Admission(batcher, flags.max_concurrent_requests, _tenants(flags)),
+        Admission(batcher.backlog, flags.max_concurrent_requests, _tenants(flags)),
         vocab_size=info.vocab_size,
     )
     return Backend(

@@ -105,8 +105,9 @@ async def test_a_stream_that_has_begun_ends_with_an_event() -> None:
         await router.idle()
 
 
-async def test_whoever_is_refused_learns_when_to_come_back() -> None:
+async def test_whoever_is_refused_learns_when_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     async with scripted.running(max_concurrent_requests=0) as router:
+        monkeypatch.setattr(router.batcher.backlog, "turn_away", lambda: 7)
         response = await router.client.post("/generate", json=BODY)
         assert (response.status_code, response.headers["retry-after"]) == (429, "7")
 

@@ -1,10 +1,11 @@
 """More clients than there is room for, idle connections, readers that are slow: what others notice of them.
 
-    python tests/faults/load.py --model DIR --seconds 60 --output docs/
+    python tests/faults/load.py --model DIR
 
 The levels of load, scaled to a machine of a few cores: a quarter of the default number of concurrent requests, with
-prompts of 64 tokens and answers of 32, a minute for each level. A client that is refused comes back when `Retry-After`
-says, or at once with ``--impatient``.
+prompts of 64 tokens and answers of 32. Each takes turns with steady load on the same server, since a machine may be
+faster in one minute than in the next. A client that is refused comes back when `Retry-After` says, or at once with
+``--impatient``.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
 import random
+import statistics
 import sys
 import time
 from collections import Counter
@@ -48,7 +49,6 @@ Beside = Callable[[Launched], AbstractAsyncContextManager[None]]
 class Level:
     """What was seen at one of them."""
 
-    name: str
     seconds: float = 0.0
     statuses: Counter[int] = field(default_factory=Counter)
     num_broken: int = 0
@@ -62,6 +62,26 @@ class Level:
     @property
     def tokens_per_s(self) -> float:
         return self.num_tokens / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is asked of a server."""
+
+    clients: int = LIMIT
+    bursts: bool = False
+    beside: Beside | None = None
+
+
+@dataclass(slots=True)
+class Row:
+    """A level, and that which took turns with it."""
+
+    name: str
+    steady: Level = field(default_factory=Level)
+    loaded: Level = field(default_factory=Level)
+    shares: list[float] = field(default_factory=list)
+    """Of each round: the tokens of the level by those of the steady load before it."""
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -211,40 +231,45 @@ async def readers(server: Launched, *, slow: bool) -> AsyncIterator[None]:
 
 
 class Levels:
-    def __init__(self, model: Path, seconds: float, *, impatient: bool) -> None:
+    def __init__(self, model: Path, seconds: float, rounds: int, *, impatient: bool) -> None:
         self._model = model
         self._seconds = seconds
+        self._rounds = rounds
         self._impatient = impatient
         source = prompts_of(model / "tokenizer.json", INPUT_TOKENS, seed=0)
         self._prompts = [next(source) for _ in range(200)]
 
-    def run(self) -> list[Level]:
+    def run(self) -> list[Row]:
         with_readers = LIMIT + SLOW_READERS + SILENT_READERS  # who have places of their own
+        quick = Load(beside=partial(readers, slow=False))
         return [
-            self._with_server("L1 steady", LIMIT, LIMIT),
-            self._with_server(f"L2 {TIMES} times too many", LIMIT, TIMES * LIMIT),
-            self._with_server("L3 bursts", LIMIT, TIMES * LIMIT, bursts=True),
-            self._with_server("L1 again", LIMIT, LIMIT),
-            self._with_server("L4 idle and slow connections", LIMIT, LIMIT, beside=idle_connections),
-            self._with_server("the same, who read at once", with_readers, LIMIT, beside=partial(readers, slow=False)),
-            self._with_server("L5 slow readers", with_readers, LIMIT, beside=partial(readers, slow=True)),
-        ]
+            self._row(f"{TIMES} times as many", Load(TIMES * LIMIT), compares=True),
+            self._row(f"bursts of {TIMES} times as many", Load(TIMES * LIMIT, bursts=True)),
+            self._row("beside idle and slow connections", Load(beside=idle_connections)),
+            self._row(
+                "beside slow readers", Load(beside=partial(readers, slow=True)), limit=with_readers, steady=quick
+            ),
+        ]  # fmt: skip
 
-    def _with_server(
-        self, name: str, limit: int, clients: int, *, bursts: bool = False, beside: Beside | None = None
-    ) -> Level:
-        level = Level(name)
+    def _row(self, name: str, load: Load, *, limit: int = LIMIT, steady: Load = Load(), compares: bool = False) -> Row:
+        """``compares``: whether answers to requests alone are the same before and after."""
+        row = Row(name)
         arguments = ("--model-id", str(self._model), "--max-concurrent-requests", str(limit))
         with starting(*arguments, environ={}) as server:
             server.wait_until_ready()
-            alone = self._alone(server) if name == "L1 steady" else []
-            asyncio.run(self._measure(server, level, clients, bursts=bursts, beside=beside))
-            wait_until_idle(server)
-            level.router_mib = server.processes()["router"].memory_info().rss / 2**20
-            if alone != (self._alone(server) if alone else []):
-                level.num_broken += 1
+            alone = self._alone(server) if compares else []
+            asyncio.run(self._measure(server, Level(), steady))  # warm
+            for _ in range(self._rounds):
+                shares = []
+                for level, each in ((row.steady, steady), (row.loaded, load)):
+                    shares.append(asyncio.run(self._measure(server, level, each)))
+                    wait_until_idle(server)
+                    level.router_mib = server.processes()["router"].memory_info().rss / 2**20
+                row.shares.append(shares[1] / shares[0])
+            if compares and alone != self._alone(server):
+                row.loaded.num_broken += 1
             assert server.stop() == 0
-        return level
+        return row
 
     def _alone(self, server: Launched) -> list[list[int]]:
         """Greedy answers one by one."""
@@ -254,56 +279,63 @@ class Levels:
             answers.append(token_ids(response.json()))
         return answers
 
-    async def _measure(
-        self, server: Launched, level: Level, clients: int, *, bursts: bool, beside: Beside | None
-    ) -> None:
-        warm_up = Clients(server, self._prompts, Level("warm-up"), impatient=False)
-        await warm_up.run(LIMIT, 5.0)
-        measured = Clients(server, self._prompts, level, impatient=self._impatient)
+    async def _measure(self, server: Launched, level: Level, load: Load) -> float:
+        """Tokens per second."""
+        clients = Clients(server, self._prompts, level, impatient=self._impatient)
+        before = level.num_tokens
         async with contextlib.AsyncExitStack() as stack:
-            if beside is not None:
-                await stack.enter_async_context(beside(server))
+            if load.beside is not None:
+                await stack.enter_async_context(load.beside(server))
                 await asyncio.sleep(2)
             await stack.enter_async_context(meanwhile(probe(server, level)))
             began = time.monotonic()
-            if bursts:
+            if load.bursts:
                 while time.monotonic() - began < self._seconds:
                     next_at = time.monotonic() + BURST_EVERY_S
-                    await asyncio.gather(*(measured.ask(prompt, next_at) for prompt in self._prompts[:clients]))
+                    await asyncio.gather(*(clients.ask(prompt, next_at) for prompt in self._prompts[: load.clients]))
                     await asyncio.sleep(max(next_at - time.monotonic(), 0))
             else:
-                await measured.run(clients, self._seconds)
-            level.seconds = time.monotonic() - began if bursts else self._seconds
+                await clients.run(load.clients, self._seconds)
+            seconds = time.monotonic() - began if load.bursts else self._seconds
+        level.seconds += seconds
+        return (level.num_tokens - before) / seconds
 
 
-def table(levels: list[Level]) -> str:
+def table(rows: list[Row]) -> str:
     lines = [
-        "| level | tokens/s | of L1 | statuses | broken | TTFT p99 ms | ITL p99 ms | 429 p99 ms "
+        "| level | tokens/s | of the steady load beside it | statuses | broken | TTFT p99 ms | ITL p99 ms | 429 p99 ms "
         "| /health p99 ms | router MiB |",
         "|---|---:|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
-    base = levels[0].tokens_per_s
-    for level in levels:
-        statuses = ", ".join(f"{status}: {count}" for status, count in sorted(level.statuses.items()))
-        times = [level.first_token_s, level.gaps_s, level.refused_s, level.health_s]
-        shown = " | ".join(f"{percentile(each, 0.99) * 1e3:.0f}" if each else "-" for each in times)
-        lines.append(
-            f"| {level.name} | {level.tokens_per_s:.0f} | {level.tokens_per_s / base:.2f} | {statuses} "
-            f"| {level.num_broken} | {shown} | {level.router_mib:.0f} |"
-        )
+    for row in rows:
+        shares = " ".join(f"{share:.2f}" for share in row.shares)
+        lines += [
+            _line(f"{row.name}: steady", row.steady, ""),
+            _line(row.name, row.loaded, f"**{statistics.median(row.shares):.2f}** ({shares})"),
+        ]
     return "\n".join(lines)
+
+
+def _line(name: str, level: Level, share: str) -> str:
+    statuses = ", ".join(f"{status}: {count}" for status, count in sorted(level.statuses.items()))
+    times = [level.first_token_s, level.gaps_s, level.refused_s, level.health_s]
+    shown = " | ".join(f"{percentile(each, 0.99) * 1e3:.0f}" if each else "-" for each in times)
+    return (
+        f"| {name} | {level.tokens_per_s:.0f} | {share} | {statuses} | {level.num_broken} | {shown} "
+        f"| {level.router_mib:.0f} |"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each level")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=3, help="of steady load and a level each")
     parser.add_argument("--impatient", action="store_true", help="refused clients come back at once")
     arguments = parser.parse_args()
-    levels = Levels(arguments.model, arguments.seconds, impatient=arguments.impatient).run()
-    print(table(levels))
-    print(json.dumps([{"name": level.name, "broken": level.num_broken} for level in levels]))
-    sys.exit(any(level.num_broken for level in levels))
+    rows = Levels(arguments.model, arguments.seconds, arguments.rounds, impatient=arguments.impatient).run()
+    print(table(rows))
+    sys.exit(any(row.steady.num_broken + row.loaded.num_broken for row in rows))
 
 
 if __name__ == "__main__":

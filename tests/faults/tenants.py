@@ -33,13 +33,13 @@ def measure(model: Path, seconds: float, num_clients: int, fair_shares: str, see
     """What A and B see."""
     source = prompts_of(model / "tokenizer.json", INPUT_TOKENS, seed)
     prompts = [next(source) for _ in range(300)]
-    a, b = Level("A"), Level("B")
+    a, b = Level(), Level()
     arguments = ("--model-id", str(model), "--max-concurrent-requests", str(LIMIT), "--api-key", "key-a,key-b")
     with starting(*arguments, "--fair-shares", fair_shares, environ={}) as server:
         server.wait_until_ready()
 
         async def run() -> None:
-            flooding = Clients(server, prompts, Level("warm-up"), impatient=False, key="key-a")
+            flooding = Clients(server, prompts, Level(), impatient=False, key="key-a")
             await flooding.run(SHARE, 5.0)
             await asyncio.gather(
                 Clients(server, prompts, a, impatient=False, key="key-a").run(num_clients, seconds),

@@ -67,7 +67,9 @@ def test_a_shard_takes_what_was_planned_and_no_more(model_type: str, dtype: torc
     plan = planned(large)
     with serving(*arguments(large)) as server:
         weights = loaded_bytes(server) - without_weights
-        assert weights >= plan.sizes.weight_bytes * (1 - TOLERANCE)
+        # Its table of embeddings may be read where it lies, row by row.
+        table = LARGE["vocab_size"] * LARGE["hidden_size"] * dtype.itemsize
+        assert weights >= plan.sizes.weight_bytes * (1 - TOLERANCE) - table
         assert weights <= plan.sizes.weight_bytes * (1 + TOLERANCE) + KEPT_BYTES
         assert f"KV-cache blocks: {plan.num_blocks}, " in server.text
         pid = server.processes()["shard 0"].pid

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from text_generation_router.errors import NO_SHARD, GenerationFailed, Overloaded, RouterError, ShuttingDown
 from text_generation_router.metrics import Metrics
-from text_generation_router.scheduling.backlog import Departures
+from text_generation_router.scheduling.backlog import Backlog
 from text_generation_router.shards.group import LOST, EmbeddingFailed, ShardGroup, ShardUnreachable
 
 logger = logging.getLogger(__name__)
@@ -94,8 +94,7 @@ class EncoderBatcher:
         max_queue_size: int | None = None,
     ) -> None:
         """``max_tokens`` of a batch. ``max_queue_size``: requests that may wait; None: as many as are let in."""
-        self._max_queue_size = max_queue_size
-        self._departures = Departures()
+        self.backlog = Backlog(lambda: len(self._not_begun()), max_queue_size)
         self._num_jobs = 0
         """That wait or are computed."""
         self._shards = shards
@@ -124,24 +123,9 @@ class EncoderBatcher:
         """Whether the shard answers and makes progress."""
         return self._answers
 
-    @property
-    def is_full(self) -> bool:
-        """Whether as many requests wait as may."""
-        return self._max_queue_size is not None and len(self._not_begun()) >= self._max_queue_size
-
-    def turn_away(self) -> int:
-        """Seconds after which it is worth for a client to come back that finds no place now."""
-        return self._departures.turn_away(time.perf_counter(), len(self._not_begun()))
-
     def _not_begun(self) -> list[Job]:
         """In the order in which they came."""
         return [job for job in self._jobs if job.num_taken == 0 and not job.done.done()]
-
-    def _turn_away_surplus(self) -> None:
-        """Of those that found no place in a batch, as many may wait as may: who came at once was let in at once."""
-        if self._max_queue_size is not None:
-            for job in self._not_begun()[self._max_queue_size :]:
-                _fail(job, Overloaded(self.turn_away()))
 
     async def embed(self, texts: Sequence[Sequence[int]]) -> list[bytes]:
         """Vectors in the order of the texts. Raises: GenerationFailed, ShuttingDown, Overloaded."""
@@ -154,13 +138,13 @@ class EncoderBatcher:
         self._metrics.queue_size.set(len(self._jobs))
         self._wake.set()
         self._num_jobs += 1
-        self._departures.arrive(time.perf_counter())
+        self.backlog.arrive()
         try:
             await job.done  # who is cancelled here cancels it, and what is left of the job with it
         finally:
             self._num_jobs -= 1
-            if job.num_taken:  # of the pace, one that was turned away says nothing
-                self._departures.note(time.perf_counter(), num_left=self._num_jobs)
+            if job.num_taken:
+                self.backlog.leave(num_left=self._num_jobs)
         return job.vectors
 
     async def run(self) -> None:
@@ -175,7 +159,8 @@ class EncoderBatcher:
                         self._num_in_flight += 1
                         sent.update(batch)
                         tasks.create_task(self._compute(batch, sent))
-                    self._turn_away_surplus()
+                    for job in self.backlog.surplus(self._not_begun()):
+                        _fail(job, Overloaded(self.backlog.turn_away()))
                     await self._wake.wait()
                     self._wake.clear()
         finally:

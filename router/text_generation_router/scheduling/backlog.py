@@ -1,9 +1,12 @@
-"""When a client that is turned away may come back: by how fast requests leave, and how many were turned away before."""
+"""What is inside and has not begun: whether more may wait, and when a client that may not is to come back."""
 
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 MIN_RETRY_S = 1
 MAX_RETRY_S = 60
@@ -12,6 +15,45 @@ REMEMBERED = 64
 COMEBACKS = 4
 """Clients that are to come back for each place that becomes free: not all do, and no place should stay empty."""
 MAX_RETURNING = 10_000
+
+T = TypeVar("T")
+
+
+class Backlog:
+    """Of one batcher."""
+
+    def __init__(self, num_waiting: Callable[[], int], max_queue_size: int | None) -> None:
+        """``num_waiting``: requests that have not begun. ``max_queue_size``: of them at most; None: as many as are let
+        in."""
+        self._num_waiting = num_waiting
+        self._max_queue_size = max_queue_size
+        self._departures = Departures()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many wait as may."""
+        return self._max_queue_size is not None and self._num_waiting() >= self._max_queue_size
+
+    def turn_away(self) -> int:
+        """Seconds after which it is worth for a client to come back that finds no place now."""
+        return self._departures.turn_away(time.perf_counter(), self._num_waiting())
+
+    def surplus(self, not_begun: Sequence[T]) -> Sequence[T]:
+        """Those of them, in the order in which they came, that may not wait any longer.
+
+        Who comes at once is let in at once, since some may begin at once; asked when a step was planned, it tells whom
+        that left behind.
+        """
+        return () if self._max_queue_size is None else not_begun[self._max_queue_size :]
+
+    def arrive(self) -> None:
+        """A request has come."""
+        self._departures.arrive(time.perf_counter())
+
+    def leave(self, *, num_left: int) -> None:
+        """A request has ended, and ``num_left`` are still inside. Of one that was turned away nothing is to be told:
+        it says nothing of the pace."""
+        self._departures.note(time.perf_counter(), num_left=num_left)
 
 
 class Departures:

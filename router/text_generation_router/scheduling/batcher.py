@@ -23,7 +23,7 @@ from text_generation_router.errors import (
 )
 from text_generation_router.metrics import Metrics
 from text_generation_router.scheduling.answers import Answer, start_answer
-from text_generation_router.scheduling.backlog import Departures
+from text_generation_router.scheduling.backlog import Backlog
 from text_generation_router.scheduling.costs import StepWork
 from text_generation_router.scheduling.door import Door
 from text_generation_router.scheduling.messages import step_request
@@ -68,7 +68,6 @@ class Batcher:
         max_queue_size: int | None = None,
     ) -> None:
         """``max_queue_size``: requests that may wait; None: as many as are let in."""
-        self._max_queue_size = max_queue_size
         self._shards = shards
         self._scheduler = scheduler
         self._detokenizer = detokenizer
@@ -82,7 +81,7 @@ class Batcher:
         """Whether nobody knows when a shard will answer, or whether."""
         self._given_up = False
         """Whether the launcher says that none will be started again."""
-        self._departures = Departures()
+        self.backlog = Backlog(lambda: self.num_waiting, max_queue_size)
         self._out_of_memory_at = -math.inf
         self._closed = False
         self._wake = asyncio.Event()
@@ -116,7 +115,7 @@ class Batcher:
             raise GenerationFailed(NO_SHARD)
         self._answers[queued] = start_answer(queued, self._detokenizer, self._shards.info.eos_token_ids)
         self._scheduler.waiting.append(queued)
-        self._departures.arrive(queued.enqueued_at)
+        self.backlog.arrive()
         self._metrics.queue_size.set(len(self._scheduler.waiting))
         self._wake.set()
 
@@ -131,15 +130,6 @@ class Batcher:
     def num_waiting(self) -> int:
         """Requests that have not begun: those that were stopped, and go on later, have had their turn."""
         return sum(queued.started_at is None for queued in self._scheduler.waiting)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether as many wait as may."""
-        return self._max_queue_size is not None and self.num_waiting >= self._max_queue_size
-
-    def turn_away(self) -> int:
-        """Seconds after which it is worth for a client to come back that finds no place now."""
-        return self._departures.turn_away(time.perf_counter(), self.num_waiting)
 
     def cancel(self, queued: QueuedRequest) -> None:
         """Forget a request whose client went away; its blocks are free at once. Harmless for one that has ended."""
@@ -198,18 +188,15 @@ class Batcher:
                 self._sent[step_id] = _SentStep(now, plan, plan.work, follows)
 
     def _turn_away_surplus(self) -> None:
-        """Of those that found no place in a step, as many may wait as may: who came at once was let in at once.
-
-        Parts of a request, which was let in as a whole, stay, and send nobody away.
-        """
-        if self._max_queue_size is None or self.num_waiting <= self._max_queue_size:
+        """Parts of a request, which was let in as a whole, stay, and send nobody away."""
+        if not self.backlog.is_full:
             return
         not_begun = [each for each in self._scheduler.waiting if each.started_at is None and not each.is_part]
         not_begun.sort(key=lambda each: each.enqueued_at)
-        for queued in not_begun[self._max_queue_size :]:
+        for queued in self.backlog.surplus(not_begun):
             self._scheduler.cancel(queued)
-            del self._answers[queued]  # of the pace at which requests leave it says nothing
-            queued.stream.fail(Overloaded(self.turn_away()))
+            del self._answers[queued]
+            queued.stream.fail(Overloaded(self.backlog.turn_away()))
         self._show_state()
 
     def _waits_for_others(self) -> bool:
@@ -338,7 +325,7 @@ class Batcher:
         """However it ended, it makes room for another; whether it was still here."""
         if self._answers.pop(queued, None) is None:
             return False
-        self._departures.note(time.perf_counter(), num_left=len(self._answers))
+        self.backlog.leave(num_left=len(self._answers))
         return True
 
     async def _recover(self) -> None:

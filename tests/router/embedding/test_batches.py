@@ -264,9 +264,9 @@ async def test_a_queue_of_a_given_length() -> None:
         for refused in asked[4:]:  # two are computed, two wait
             with pytest.raises(Overloaded):
                 await refused
-        assert not batcher._departures._intervals, "who is turned away says nothing of the pace"
-        assert batcher.is_full
-        assert batcher.turn_away() >= 1
+        assert not batcher.backlog._departures._intervals, "who is turned away says nothing of the pace"
+        assert batcher.backlog.is_full
+        assert batcher.backlog.turn_away() >= 1
         shards.gate.set()
         assert [await task for task in asked[:4]] == [raw(number) for number in range(4)]
-        assert not batcher.is_full
+        assert not batcher.backlog.is_full

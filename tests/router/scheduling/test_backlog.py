@@ -1,6 +1,6 @@
 """`scheduling.backlog`: what a client is told that finds no place."""
 
-from text_generation_router.scheduling.backlog import COMEBACKS, MAX_RETRY_S, MIN_RETRY_S, Departures
+from text_generation_router.scheduling.backlog import COMEBACKS, MAX_RETRY_S, MIN_RETRY_S, Backlog, Departures
 
 
 def every(interval_s: float, count: int = 10) -> Departures:
@@ -46,3 +46,17 @@ def test_a_pause_says_nothing() -> None:
     departures.arrive(100.0)
     departures.note(100.5, num_left=0)
     assert departures.turn_away(101.0, 4) == 2
+
+
+def test_as_many_wait_as_may() -> None:
+    full, free = (Backlog(lambda count=count: count, 2) for count in (2, 1))  # type: ignore[misc]
+    assert full.is_full
+    assert not free.is_full
+    assert full.surplus("abc") == "c", "the last come are the first to go"
+    assert not full.surplus("ab")
+
+
+def test_without_a_limit_all_wait_that_are_let_in() -> None:
+    backlog = Backlog(lambda: 1000, None)
+    assert not backlog.is_full
+    assert not backlog.surplus(list(range(1000)))

@@ -299,8 +299,8 @@ async def test_who_comes_at_once_may_wait_in_a_queue_of_a_given_length(tmp_path:
             with pytest.raises(Overloaded) as refused:
                 await text(queued)
             assert refused.value.retry_after_s >= 1
-        assert router.batcher.is_full
-        assert not router.batcher._departures._intervals, "who is turned away says nothing of the pace"
+        assert router.batcher.backlog.is_full
+        assert not router.batcher.backlog._departures._intervals, "who is turned away says nothing of the pace"
         assert shard.gate is not None
         shard.gate.set()
         assert [await text(queued) for queued in asked[:5]] == [letter * 5 for letter in "abcde"]
@@ -534,4 +534,4 @@ async def test_a_pause_after_the_last_one_has_left_early_says_nothing_of_the_pac
         last = router.ask("b", 1)
         while await last.stream.get_all():
             pass
-        assert router.batcher.turn_away() == 1, "a mean of less than a second"
+        assert router.batcher.backlog.turn_away() == 1, "a mean of less than a second"
