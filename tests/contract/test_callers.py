@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import scripted
 from text_generation_router.admission import Permits
+from text_generation_router.api import accounting
 from text_generation_router.errors import Overloaded
 
 BODY: dict[str, Any] = {"inputs": "hi"}
@@ -110,6 +111,23 @@ async def test_whoever_is_refused_learns_when_to_come_back(monkeypatch: pytest.M
         monkeypatch.setattr(router.batcher.backlog, "turn_away", lambda: 7)
         response = await router.client.post("/generate", json=BODY)
         assert (response.status_code, response.headers["retry-after"]) == (429, "7")
+
+
+async def test_a_full_server_logs_many_refusals_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(accounting, "_refusals", accounting._Refusals())
+    monkeypatch.setattr(accounting, "REFUSALS_TOLD_EVERY_S", 3600.0)
+    async with scripted.running(max_concurrent_requests=0) as router:
+        for number in range(21):
+            if number == 20:
+                monkeypatch.setattr(accounting, "REFUSALS_TOLD_EVERY_S", 0.0)
+            assert (await router.client.post("/generate", json=BODY)).status_code == 429
+        assert router.metrics.request_failure.value(err="overloaded") == 21
+    assert [record.getMessage() for record in caplog.records if "429" in record.getMessage()] == [
+        "generate failed with 429: overloaded",
+        "generate failed with 429: overloaded, and 19 since the last such line",
+    ]
 
 
 async def test_a_queue_of_a_given_length() -> None:

@@ -329,8 +329,8 @@ def _line(name: str, level: Level, share: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of a turn")
-    parser.add_argument("--rounds", type=int, default=3, help="of steady load and a level each")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=5, help="of steady load and a level each")
     parser.add_argument("--impatient", action="store_true", help="refused clients come back at once")
     arguments = parser.parse_args()
     rows = Levels(arguments.model, arguments.seconds, arguments.rounds, impatient=arguments.impatient).run()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,12 +14,33 @@ import msgspec
 
 from text_generation_router.api.disconnect import ClientGone
 from text_generation_router.embedding.embedder import Embedded
-from text_generation_router.errors import InternalError, RouterError
+from text_generation_router.errors import InternalError, Overloaded, RouterError
 from text_generation_router.generate_request import GenerateParameters
 from text_generation_router.metrics import Metrics
 from text_generation_router.scheduling.requests import Finished
 
 logger = logging.getLogger(__name__)
+
+REFUSALS_TOLD_EVERY_S = 1.0
+
+
+class _Refusals:
+    """A full server refuses many a second. One line for all of them costs those that run nothing."""
+
+    def __init__(self) -> None:
+        self._untold = 0
+        self._told_at = -math.inf
+
+    def tell(self, route: str, error: Overloaded) -> None:
+        self._untold += 1
+        now = time.monotonic()
+        if now - self._told_at >= REFUSALS_TOLD_EVERY_S:
+            more = f", and {self._untold - 1} since the last such line" if self._untold > 1 else ""
+            logger.warning("%s failed with %d: %s%s", route, error.status, error.error_type, more)
+            self._untold, self._told_at = 0, now
+
+
+_refusals = _Refusals()
 
 
 @contextmanager
@@ -26,6 +49,10 @@ def counted(metrics: Metrics, route: str) -> Iterator[None]:
     metrics.request_count.inc()
     try:
         yield
+    except Overloaded as error:
+        metrics.request_failure.inc(err=error.metric)
+        _refusals.tell(route, error)
+        raise
     except RouterError as error:
         metrics.request_failure.inc(err=error.metric)
         if error.status < 500 and error.status != 424:

@@ -12,7 +12,7 @@ MIN_RETRY_S = 1
 MAX_RETRY_S = 60
 REMEMBERED = 64
 """Departures. Requests that came together leave together: a few of them say nothing of the pace."""
-COMEBACKS = 4
+COMEBACKS = 2
 """Clients that are to come back for each place that becomes free: not all do, and no place should stay empty."""
 MAX_RETURNING = 10_000
 
