@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,16 @@ FAULTS_TABLE = "FAULTS_TABLE"
 """Environment variable: the file that gets a line for every test of a fault, for the table of the documents."""
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     for mark in item.iter_markers("fault"):
         if not any(name == "fault" for name, _ in item.user_properties):
             item.user_properties.append(("fault", list(mark.args)))
-    yield
+    report = yield
+    if report.failed:  # a fixture's server never hears of the error, and takes its log with it
+        servers = [value for value in getattr(item, "funcargs", {}).values() if isinstance(value, Launched)]
+        report.sections += [("log of the server", server.text[-8000:]) for server in servers if server.log.exists()]
+    return report
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
