@@ -165,7 +165,7 @@ def test_a_shard_that_hangs_while_it_is_started_again(run: Start, tmp_path: Path
     assert started.end() == 0
 
 
-@pytest.mark.parametrize("stall_timeout_s", [0.01, 600.0])
+@pytest.mark.parametrize("stall_timeout_s", [0.0, 600.0])
 def test_shards_that_the_router_never_heard_of_are_given_time_to_answer(
     run: Start, stall_timeout_s: float, tmp_path: Path
 ) -> None:
