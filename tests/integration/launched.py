@@ -21,8 +21,14 @@ import psutil
 from text_generation_launcher.environment import without_flags
 
 LAUNCHER = Path(sys.executable).with_name("text-generation-launcher")
-TIED = "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGKILL); os.execv(sys.argv[1], sys.argv[1:])"
-"""Becomes the launcher, which the kernel then kills with its parent: tests that are killed leave nothing behind."""
+TIED = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""Becomes the launcher, which the kernel then kills with its parent: tests that are killed leave nothing behind. What a
+shell runs in the background ignores SIGINT, and so would the launcher."""
 MARK = "LAUNCHED_BY_TEST"
 """Variable that every process of a launch inherits: what carries it after the end is an orphan."""
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
