@@ -12,7 +12,7 @@ from text_generation_router.errors import DeadlineExceeded, Overloaded, Shutting
 from text_generation_router.generate_request import NOBODY, Caller
 from text_generation_router.scheduling.backlog import Backlog
 
-RESERVED_SHARE = 4
+RESERVED_SHARE = 2
 """One part in so many of the places is divided among the API keys, each its own; the rest is for who comes first."""
 
 

@@ -167,8 +167,8 @@ def test_no_tenant_takes_the_places_of_the_others() -> None:
     with pytest.raises(Overloaded):
         while True:
             taken.append(permits.take(b"a"))
-    assert len(taken) == 14
-    others = [permits.take(b"b") for _ in range(2)]
+    assert len(taken) == 12
+    others = [permits.take(b"b") for _ in range(4)]
     for tenant in (b"a", b"b", b""):
         with pytest.raises(Overloaded):
             permits.take(tenant)

@@ -54,6 +54,8 @@ class Level:
     num_broken: int = 0
     num_tokens: int = 0
     first_token_s: list[float] = field(default_factory=list)
+    waited_s: list[float] = field(default_factory=list)
+    """The same from when the client first asked, also where it was refused meanwhile."""
     gaps_s: list[float] = field(default_factory=list)
     refused_s: list[float] = field(default_factory=list)
     health_s: list[float] = field(default_factory=list)
@@ -107,13 +109,18 @@ class Clients:
 
     async def _loop(self, number: int, until: float) -> None:
         choice = random.Random(number)
+        since, wait_s = time.monotonic(), 0.0
         while time.monotonic() < until:
-            wait_s = await self.ask(choice.choice(self._prompts), until)
+            wait_s = await self.ask(choice.choice(self._prompts), until, since)
             if wait_s:
                 await asyncio.sleep(0 if self._impatient else choice.uniform(0.5, 1.5) * wait_s)
+            else:
+                since = time.monotonic()
+        if wait_s:  # and would wait on
+            self._level.waited_s.append(time.monotonic() - since)
 
-    async def ask(self, prompt: str, until: float) -> float:
-        """One request; seconds after which a refused client comes back, else 0."""
+    async def ask(self, prompt: str, until: float, since: float | None = None) -> float:
+        """One request; seconds after which a refused client comes back, else 0. ``since``: when it first asked."""
         level = self._level
         reader, writer = await asyncio.open_connection(*address_of(self._server))
         response = SseReader()
@@ -133,7 +140,11 @@ class Clients:
                     if b'"token"' not in event:
                         level.num_broken += 1
                         continue
-                    (level.gaps_s if last > began else level.first_token_s).append(now - last)
+                    if last > began:
+                        level.gaps_s.append(now - last)
+                    else:
+                        level.first_token_s.append(now - began)
+                        level.waited_s.append(now - (since or began))
                     last = now
                     level.num_tokens += now < until  # what ends behind the time is no part of its throughput
         finally:
