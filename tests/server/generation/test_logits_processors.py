@@ -73,7 +73,8 @@ def typical_reference(row: Row, p: float) -> set[int]:
             raise Undecided
         if reached >= p:
             break
-    near = [i for i in alive if 1e-12 < abs(distance[i] - distance[last]) < 1e-9]
+    # Equal logits are as far away; others may happen to be, one on each side of the entropy.
+    near = [i for i in alive if row[i] != row[last] and abs(distance[i] - distance[last]) < 1e-9]
     if near:
         raise Undecided
     return {i for i in alive if distance[i] <= distance[last] + 1e-12}
