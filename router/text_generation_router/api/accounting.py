@@ -49,13 +49,11 @@ def counted(metrics: Metrics, route: str) -> Iterator[None]:
     metrics.request_count.inc()
     try:
         yield
-    except Overloaded as error:
-        metrics.request_failure.inc(err=error.metric)
-        _refusals.tell(route, error)
-        raise
     except RouterError as error:
         metrics.request_failure.inc(err=error.metric)
-        if error.status < 500 and error.status != 424:
+        if isinstance(error, Overloaded):
+            _refusals.tell(route, error)
+        elif error.status < 500 and error.status != 424:
             # The client's own mistakes are no errors of the server, and the text may quote what it sent.
             logger.warning("%s failed with %d: %s", route, error.status, error.error_type)
             logger.debug("%s failed with %d: %s", route, error.status, error)

@@ -159,8 +159,9 @@ class EncoderBatcher:
                         self._num_in_flight += 1
                         sent.update(batch)
                         tasks.create_task(self._compute(batch, sent))
-                    for job in self.backlog.surplus(self._not_begun()):
-                        _fail(job, Overloaded(self.backlog.turn_away()))
+                    if self.backlog.is_full:
+                        for job in self.backlog.surplus(self._not_begun()):
+                            _fail(job, Overloaded(self.backlog.turn_away()))
                     await self._wake.wait()
                     self._wake.clear()
         finally:
