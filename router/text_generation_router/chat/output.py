@@ -237,16 +237,16 @@ class CallStage:
 
     def _find(self, text: str) -> tuple[int, int] | None:
         """Where a section begins, and the length of its mark; else what cannot be told yet is held back."""
-        places = [(place, len(mark)) for mark in self.marks if (place := text.find(mark)) >= 0]
-        if places:
-            return min(places)
-        if not self._begun and self.at_beginning:
+        if not self._begun and self.at_beginning:  # before a mark that may follow in the same piece
             start = text.lstrip(_SPACE)
             if start and start[0] in self.at_beginning:
                 return len(text) - len(start), 0
             if not start:
                 self._held = text
                 return None
+        places = [(place, len(mark)) for mark in self.marks if (place := text.find(mark)) >= 0]
+        if places:
+            return min(places)
         hold = longest_beginning(text, self.marks)
         # White space before a mark is no content.
         kept = len(text[: len(text) - hold].rstrip(_SPACE)) if self.marks else len(text)

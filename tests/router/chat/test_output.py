@@ -148,6 +148,7 @@ TEXTS = st.sampled_from([text for _, text, _, _ in WRITTEN]) | st.lists(st.sampl
     cuts=st.lists(st.integers(0, 400), max_size=30),
     thinks=st.booleans(),
 )
+@example(name="llama3_json", text='{"name": "time", "arguments": {}<|python_tag|>', cuts=[1], thinks=False)
 def test_how_the_text_is_cut_changes_nothing(name: str, text: str, cuts: list[int], thinks: bool) -> None:
     def stage() -> Stage:
         calls: Stage = form(name).stage(TOOLS, counted_id)
