@@ -242,14 +242,8 @@ async def running(
     tokenizer = RouterTokenizer(byte_tokenizer(), vocab_size=the_limits.vocab_size, num_workers=2)
     batcher = ScriptedBatcher(script, max_queue_size)
     guidance = Guidance("no tokenizer", the_limits.vocab_size, [256], compile_on_shard=_compiled)
-    inference = Inference(
-        cast("Batcher", batcher),
-        tokenizer,
-        the_limits,
-        metrics,
-        guidance,
-        Admission(batcher.backlog, max_concurrent_requests),
-    )
+    admission = Admission(batcher.backlog, max_concurrent_requests)
+    inference = Inference(cast("Batcher", batcher), tokenizer, the_limits, metrics, guidance, admission)
     service = ServiceRoutes(tokenizer, inference, metrics, info(), payload_limit=payload_limit)
     drain = Drain()
     templates = None
@@ -268,6 +262,7 @@ async def running(
         ),
         tokenizer=tokenizer,
         metrics=metrics,
+        admission=admission,
         door=inference,
         generation=GenerationBackend(config=resolved(the_limits), templates=templates, inference=inference),
         embedder=SequenceEmbedder(inference, tokenizer, EmbeddingInfo(dimensions=2)),
@@ -276,9 +271,14 @@ async def running(
         seconds={},
     )
     routes = make_routes(flags, backend, service)
-    app = build_app(
-        routes, Access(drain=drain, api_keys=() if api_key is None else (api_key,), cors_allow_origin=origins)
+    access = Access(
+        drain=drain,
+        admission=admission,
+        metrics=metrics,
+        api_keys=() if api_key is None else (api_key,),
+        cors_allow_origin=origins,
     )
+    app = build_app(routes, access)
     server = None
     if over_socket:
         sock = bind("127.0.0.1", 0)

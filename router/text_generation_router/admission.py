@@ -47,12 +47,16 @@ class Permits:
         self._taken: Counter[bytes] = Counter()
         self._tenants = tenants
 
-    def take(self, tenant: bytes = b"", *, is_part: bool = False) -> Permit:
-        """Raises: Overloaded."""
+    def is_full(self, tenant: bytes = b"") -> bool:
+        """Whether none is left for it."""
         kept = 0
         if self._kept:
             kept = sum(max(self._kept - self._taken[other], 0) for other in self._tenants if other != tenant)
-        if self.num_taken + kept >= self.limit:
+        return self.num_taken + kept >= self.limit
+
+    def take(self, tenant: bytes = b"", *, is_part: bool = False) -> Permit:
+        """Raises: Overloaded."""
+        if self.is_full(tenant):
             raise Overloaded()
         self.num_taken += 1
         self._taken[tenant] += 1
@@ -78,6 +82,14 @@ class Admission:
         """Take nothing new. What runs may finish."""
         self.draining = True
 
+    def is_full(self, tenant: bytes = b"") -> bool:
+        """Whether a request of it would find no place now, however small it is."""
+        return self._backlog.is_full or self.permits.is_full(tenant)
+
+    def turn_away(self) -> Overloaded:
+        """The refusal of one that finds none."""
+        return Overloaded(self._backlog.turn_away())
+
     def reserve(self, count: int, caller: Caller = NOBODY) -> list[Permit]:
         """So many places, all or none. Raises: ShuttingDown, Overloaded."""
         if self.draining:
@@ -91,7 +103,7 @@ class Admission:
         except Overloaded:
             for permit in permits:
                 permit.release()
-            raise Overloaded(self._backlog.turn_away()) from None
+            raise self.turn_away() from None
         return permits
 
 

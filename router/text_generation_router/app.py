@@ -14,9 +14,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from text_generation_router.admission import Admission
 from text_generation_router.api.anthropic.messages import MessageRoutes
 from text_generation_router.api.docs import DocsRoutes
-from text_generation_router.api.edge import ApiKey, Cors, Endpoint, Handler, Open, Protected
+from text_generation_router.api.edge import ApiKey, Cors, Endpoint, Open, Placed, Protected, Turnstile
 from text_generation_router.api.embeddings import EmbeddingRoutes
 from text_generation_router.api.generate import GenerateRoutes
 from text_generation_router.api.openai.chat import ChatRoutes
@@ -39,6 +40,7 @@ from text_generation_router.errors import (
     error_body,
     openai_error_body,
 )
+from text_generation_router.metrics import Metrics
 
 _METHOD_ORDER = ("GET", "HEAD", "POST")
 
@@ -48,6 +50,9 @@ class Access:
     """Who may call the routes, and until when."""
 
     drain: Drain
+    admission: Admission
+    metrics: Metrics
+    """Where those are counted that are not let in."""
     api_keys: Sequence[str] = ()
     """None: everybody may."""
     cors_allow_origin: Sequence[str] = ()
@@ -85,10 +90,10 @@ class Routes:
 def build_app(routes_of: Routes, access: Access) -> ASGIApp:
     """Every route of the router. A path that is missing here does not exist."""
     service, docs = routes_of.service, DocsRoutes()
-    posts = {
-        "/": routes_of.shared.root,
-        "/invocations": routes_of.shared.invocations,
-        "/tokenize": service.tokenize,
+    posts: dict[str, Protected] = {
+        "/": Placed(routes_of.shared.root),
+        "/invocations": Placed(routes_of.shared.invocations),
+        "/tokenize": Protected(service.tokenize),
         **_generating(routes_of.generating, routes_of.model_id),
         **_embedding(routes_of.embeddings, routes_of.model_id),
     }
@@ -111,43 +116,45 @@ def build_app(routes_of: Routes, access: Access) -> ASGIApp:
     if access.aip_health_route is not None:
         gets.setdefault(access.aip_health_route, Open(service.health))
     table: dict[str, dict[str, Open | Protected]] = {path: {"GET": row} for path, row in gets.items()}
-    for path, handler in posts.items():
-        table.setdefault(path, {})["POST"] = Protected(handler)
+    for path, row in posts.items():
+        table.setdefault(path, {})["POST"] = row
     key = ApiKey(access.api_keys)
     routes = [
         Route(path, Endpoint(methods, key, access.drain), methods=list(methods)) for path, methods in table.items()
     ]
-    return Cors(_application(routes), access.cors_allow_origin)
+    placed = frozenset(path for path, row in posts.items() if isinstance(row, Placed))
+    app = Turnstile(_application(routes), placed, key, access.admission, access.metrics, _error_response)
+    return Cors(app, access.cors_allow_origin)
 
 
-def _generating(routes: GeneratingRoutes | None, model_id: str) -> dict[str, Handler]:
+def _generating(routes: GeneratingRoutes | None, model_id: str) -> dict[str, Protected]:
     refuse = _refusing(GeneratesNothing(model_id))
     return {
-        "/generate": routes.generate.generate if routes else refuse,
-        "/generate_stream": routes.generate.generate_stream if routes else refuse,
-        "/chat_tokenize": routes.chat.tokenize if routes else refuse,
-        "/v1/chat/completions": routes.chat.completions if routes else refuse,
-        "/v1/completions": routes.completions.completions if routes else refuse,
-        "/v1/responses": routes.responses.responses if routes else refuse,
-        "/v1/messages": routes.messages.messages if routes else refuse,
-        "/v1/messages/count_tokens": routes.messages.count_tokens if routes else refuse,
-        "/vertex": routes.vertex.vertex if routes else refuse,
+        "/generate": Placed(routes.generate.generate) if routes else refuse,
+        "/generate_stream": Placed(routes.generate.generate_stream) if routes else refuse,
+        "/chat_tokenize": Protected(routes.chat.tokenize) if routes else refuse,
+        "/v1/chat/completions": Placed(routes.chat.completions) if routes else refuse,
+        "/v1/completions": Placed(routes.completions.completions) if routes else refuse,
+        "/v1/responses": Placed(routes.responses.responses) if routes else refuse,
+        "/v1/messages": Placed(routes.messages.messages) if routes else refuse,
+        "/v1/messages/count_tokens": Protected(routes.messages.count_tokens) if routes else refuse,
+        "/vertex": Placed(routes.vertex.vertex) if routes else refuse,
     }
 
 
-def _embedding(routes: EmbeddingRoutes | None, model_id: str) -> dict[str, Handler]:
+def _embedding(routes: EmbeddingRoutes | None, model_id: str) -> dict[str, Protected]:
     refuse = _refusing(ValidationError(f"the model `{model_id}` embeds nothing: it hands out no hidden states"))
     return {
-        "/v1/embeddings": routes.openai if routes else refuse,
-        "/embed": routes.embed if routes else refuse,
+        "/v1/embeddings": Placed(routes.openai) if routes else refuse,
+        "/embed": Placed(routes.embed) if routes else refuse,
     }
 
 
-def _refusing(error: RouterError) -> Handler:
+def _refusing(error: RouterError) -> Protected:
     async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
         raise error
 
-    return refuse
+    return Protected(refuse)
 
 
 def build_metrics_app(service: ServiceRoutes, drain: Drain) -> ASGIApp:
@@ -175,9 +182,8 @@ ErrorBody = Callable[[int, str, str | None], dict[str, Any]]
 _OPENAI_PATHS = ("/v1/chat/", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/models")
 
 
-def _foreign_form(request: Request) -> ErrorBody | None:
+def _foreign_form(path: str) -> ErrorBody | None:
     """The form of errors on paths that are not TGI's."""
-    path = request.scope["path"]
     if path.startswith("/v1/messages"):
         return lambda status, message, code: anthropic_error_body(status, message)
     return openai_error_body if path.startswith(_OPENAI_PATHS) else None
@@ -188,7 +194,11 @@ def _json(status: int, body: object) -> Response:
 
 
 async def _on_router_error(request: Request, error: RouterError) -> Response:
-    form = _foreign_form(request)
+    return _error_response(request.scope["path"], error)
+
+
+def _error_response(path: str, error: RouterError) -> Response:
+    form = _foreign_form(path)
     if form is not None:
         response = _json(error.status, form(error.status, str(error), error.error_type))
     elif isinstance(error, Unauthorized):
@@ -204,7 +214,7 @@ async def _on_router_error(request: Request, error: RouterError) -> Response:
 
 
 async def _on_body_error(request: Request, error: BodyError) -> Response:
-    form = _foreign_form(request)
+    form = _foreign_form(request.scope["path"])
     if form is not None:
         response = _json(error.status, form(error.status, str(error), None))
     else:
@@ -222,4 +232,4 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
 
 
 async def _on_defect(request: Request, error: Exception) -> Response:
-    return await _on_router_error(request, InternalError())
+    return _error_response(request.scope["path"], InternalError())

@@ -75,6 +75,7 @@ class Backend:
     info: ShardInfo
     tokenizer: RouterTokenizer
     metrics: Metrics
+    admission: Admission
     door: Door
     generation: GenerationBackend | None
     """None: the model embeds, and generates nothing."""
@@ -148,18 +149,13 @@ async def _start_generation(
         await _begin(shards)
     batching = asyncio.create_task(batcher.run(), name="batching")
     stack.push_async_callback(end_task, batching)
-    inference = Inference(
-        batcher,
-        tokenizer,
-        config.limits,
-        metrics,
-        guidance,
-        Admission(batcher.backlog, config.max_concurrent_requests, _tenants(flags)),
-    )
+    admission = Admission(batcher.backlog, config.max_concurrent_requests, _tenants(flags))
+    inference = Inference(batcher, tokenizer, config.limits, metrics, guidance, admission)
     return Backend(
         info=info,
         tokenizer=tokenizer,
         metrics=metrics,
+        admission=admission,
         door=inference,
         generation=GenerationBackend(config=config, templates=templates, inference=inference),
         embedder=None if info.embedding is None else SequenceEmbedder(inference, tokenizer, info.embedding),
@@ -189,18 +185,13 @@ async def _start_encoder(
     )
     batching = asyncio.create_task(batcher.run(), name="batching")
     stack.push_async_callback(end_task, batching)
-    embedder = EncoderEmbedder(
-        batcher,
-        tokenizer,
-        info.embedding,
-        metrics,
-        Admission(batcher.backlog, flags.max_concurrent_requests, _tenants(flags)),
-        vocab_size=info.vocab_size,
-    )
+    admission = Admission(batcher.backlog, flags.max_concurrent_requests, _tenants(flags))
+    embedder = EncoderEmbedder(batcher, tokenizer, info.embedding, metrics, admission, vocab_size=info.vocab_size)
     return Backend(
         info=info,
         tokenizer=tokenizer,
         metrics=metrics,
+        admission=admission,
         door=embedder,
         generation=None,
         embedder=embedder,

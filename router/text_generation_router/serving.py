@@ -87,6 +87,8 @@ async def serve(flags: RouterFlags, shutdown: Shutdown | None = None) -> int:
         )
         access = Access(
             drain=drain,
+            admission=backend.admission,
+            metrics=backend.metrics,
             api_keys=flags.api_keys,
             cors_allow_origin=flags.cors_allow_origin,
             aip_predict_route=flags.aip_predict_route,

@@ -100,7 +100,7 @@ def test_it_runs_from_end_to_end(tmp_path: Path) -> None:
     ]
     environ = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(argv, capture_output=True, text=True, env=environ, timeout=290)
-    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.returncode == 0, f"{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
     made = json.loads((tmp_path / "benchmark-gpu.json").read_text())
     assert {(row["server"], row["concurrency"]) for row in made["throughput"]} == {
         (server, concurrency) for server in ("ours", "transformers") for concurrency in TINY.concurrency

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from typing import Any
 
 import pytest
@@ -125,9 +127,56 @@ async def test_a_full_server_logs_many_refusals_in_one_line(
             assert (await router.client.post("/generate", json=BODY)).status_code == 429
         assert router.metrics.request_failure.value(err="overloaded") == 21
     assert [record.getMessage() for record in caplog.records if "429" in record.getMessage()] == [
-        "generate failed with 429: overloaded",
-        "generate failed with 429: overloaded, and 19 since the last such line",
+        "/generate failed with 429: overloaded",
+        "/generate failed with 429: overloaded, and 19 since the last such line",
     ]
+
+
+PATHS_OF_PLACES = [
+    *("/", "/generate", "/generate_stream", "/invocations", "/vertex", "/v1/chat/completions", "/v1/completions"),
+    *("/v1/responses", "/v1/messages", "/v1/embeddings", "/embed"),
+]
+
+
+@pytest.mark.parametrize("path", PATHS_OF_PLACES)
+async def test_a_full_server_refuses_before_it_reads(path: str) -> None:
+    async with scripted.running(max_concurrent_requests=0, over_socket=True) as router, asyncio.timeout(20):
+        reader, writer = await asyncio.open_connection(router.client.base_url.host, router.client.base_url.port)
+        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 20\r\n\r\n"
+        writer.write(head.encode())
+        answer = await reader.readuntil(b"\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 429 ")
+        assert b"retry-after: 1\r\n" in answer
+        assert b"access-control-allow-origin: *\r\n" in answer
+        assert b"connection: close" not in answer
+        (length,) = re.findall(rb"content-length: (\d+)", answer)
+        error = json.loads(await reader.readexactly(int(length)))
+        if path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings"):
+            assert error["error"]["type"] == "rate_limit_error"
+        elif path == "/v1/messages":
+            assert error["error"]["type"] == "rate_limit_error" and error["type"] == "error"
+        else:
+            assert error == {"error": "Model is overloaded", "error_type": "overloaded"}
+        assert router.metrics.request_count.value() == router.metrics.request_failure.value(err="overloaded") == 1
+        # The body comes late, and the connection serves on.
+        writer.write(b"{" + b" " * 18 + b"}GET /live HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        writer.transport.abort()
+
+
+async def test_a_full_server_still_tells_who_may_ask_what() -> None:
+    key = {"authorization": "Bearer k"}
+    async with scripted.running(max_concurrent_requests=0, api_key="k", over_socket=True) as router:
+        client = router.client
+        assert (await client.post("/generate", json=BODY)).status_code == 401
+        assert (await client.post("/generate", json=BODY, headers=key)).status_code == 429
+        assert (await client.post("/generate", json=BODY, headers=key | {"expect": "100-continue"})).status_code == 429
+        assert (await client.post("/tokenize", json=BODY, headers=key)).status_code == 200
+        assert (await client.get("/generate", headers=key)).status_code == 405
+        assert (await client.options("/generate")).status_code == 200
+        router.drain.begin()
+        router.inference.drain()
+        assert (await client.post("/generate", json=BODY, headers=key)).status_code == 503
 
 
 async def test_a_queue_of_a_given_length() -> None:

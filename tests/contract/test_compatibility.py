@@ -60,6 +60,23 @@ def test_every_field_of_a_chat_or_completion_has_a_row(body: str) -> None:
     assert missing <= {"stream"}
 
 
+ANSWERS = [
+    (name, words(fields))
+    for row in section("Fields of answers").splitlines()
+    for names, _, fields in [row.partition(":")]
+    for name in words(names)
+]
+
+
+def test_every_type_of_answer_has_a_row() -> None:
+    assert set(tgi.ANSWERS) <= {name for name, _ in ANSWERS}
+
+
+@pytest.mark.parametrize(("name", "fields"), ANSWERS)
+def test_a_row_has_all_fields_of_an_answer_and_no_other(name: str, fields: set[str]) -> None:
+    assert fields == set(SCHEMAS[name]["properties"])
+
+
 @pytest.mark.parametrize("flag", sorted({*tgi.LAUNCHER_FLAGS, *(option_name(flag)[2:] for flag in flag_table())}))
 def test_every_flag_of_the_launcher_has_a_row(flag: str) -> None:
     assert f"--{flag}" in words(section("Launcher flags"))

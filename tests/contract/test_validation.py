@@ -203,10 +203,15 @@ async def test_what_is_allowed(fields: dict[str, Any]) -> None:
         assert response.status_code == 200, response.text
 
 
-async def test_the_permit_comes_before_validation_and_the_shape_before_the_permit() -> None:
+async def test_a_full_server_validates_nothing() -> None:
     async with scripted.running(max_concurrent_requests=0) as router:
-        shapeless = await router.client.post("/generate", json=body({"best_of": 9}))
         invalid = await router.client.post("/generate", json=body({"temperature": 0}))
-        assert shapeless.status_code == 422
         assert invalid.status_code == 429
         assert invalid.json() == {"error": "Model is overloaded", "error_type": "overloaded"}
+
+
+async def test_the_shape_comes_before_the_permits_of_all_copies() -> None:
+    async with scripted.running(max_concurrent_requests=1) as router:
+        assert (await router.client.post("/generate", json=body({"best_of": 9}))).status_code == 422
+        copies = await router.client.post("/generate", json=body({"best_of": 2, "do_sample": True}))
+        assert copies.status_code == 429

@@ -5,7 +5,7 @@
 The levels of load, scaled to a machine of a few cores: a quarter of the default number of concurrent requests, with
 prompts of 64 tokens and answers of 32. Each takes turns with steady load on the same server, since a machine may be
 faster in one minute than in the next. A client that is refused comes back when `Retry-After` says, or at once with
-``--impatient``.
+``--impatient``. Clients share the cores with the server: what they cost themselves counts, too.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import uvloop
 from bench.load import prompts_of
 from integration.asking import address_of, body, connect, message, token_ids, wait_until_idle
 from integration.launched import Launched, starting
@@ -91,13 +92,45 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[min(int(len(ordered) * share), len(ordered) - 1)] if ordered else 0.0
 
 
+class Line:
+    """A client's connection: opened when it is needed and kept between requests, as HTTP clients do."""
+
+    def __init__(self, server: Launched) -> None:
+        self._address = address_of(server)
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def send(self, request: bytes) -> asyncio.StreamReader:
+        """Where the answer comes."""
+        if self._streams is None or self._streams[0].at_eof():
+            self.close()
+            self._streams = await asyncio.open_connection(*self._address)
+        reader, writer = self._streams
+        writer.write(request)
+        return reader
+
+    def close(self) -> None:
+        if self._streams is not None:
+            self._streams[1].transport.abort()
+            self._streams = None
+
+
 class Clients:
     """Closed loops of streamed requests."""
 
     def __init__(
-        self, server: Launched, prompts: list[str], level: Level, *, impatient: bool, key: str | None = None
+        self,
+        server: Launched,
+        prompts: list[str],
+        level: Level,
+        *,
+        impatient: bool = False,
+        reconnect: bool = False,
+        key: str | None = None,
     ) -> None:
+        """``impatient``: whether those that are refused come back at once. ``reconnect``: whether each request has a
+        connection of its own."""
         self._server = server
+        self._reconnect = reconnect
         self._headers = "" if key is None else f"authorization: Bearer {key}\r\n"
         self._prompts = prompts
         self._level = level
@@ -110,45 +143,49 @@ class Clients:
     async def _loop(self, number: int, until: float) -> None:
         choice = random.Random(number)
         since, wait_s = time.monotonic(), 0.0
-        while time.monotonic() < until:
-            wait_s = await self.ask(choice.choice(self._prompts), until, since)
-            if wait_s:
-                await asyncio.sleep(0 if self._impatient else choice.uniform(0.5, 1.5) * wait_s)
-            else:
-                since = time.monotonic()
+        with contextlib.closing(Line(self._server)) as line:
+            while time.monotonic() < until:
+                wait_s = await self._ask(line, choice.choice(self._prompts), until, since)
+                if self._reconnect:
+                    line.close()
+                if wait_s:
+                    await asyncio.sleep(0 if self._impatient else choice.uniform(0.5, 1.5) * wait_s)
+                else:
+                    since = time.monotonic()
         if wait_s:  # and would wait on
             self._level.waited_s.append(time.monotonic() - since)
 
-    async def ask(self, prompt: str, until: float, since: float | None = None) -> float:
+    async def ask(self, prompt: str, until: float) -> None:
+        """One request of a client that comes once."""
+        with contextlib.closing(Line(self._server)) as line:
+            await self._ask(line, prompt, until, time.monotonic())
+
+    async def _ask(self, line: Line, prompt: str, until: float, since: float) -> float:
         """One request; seconds after which a refused client comes back, else 0. ``since``: when it first asked."""
         level = self._level
-        reader, writer = await asyncio.open_connection(*address_of(self._server))
         response = SseReader()
         began = last = time.monotonic()
         received = b""
-        try:
-            asked = body(prompt, max_new_tokens=OUTPUT_TOKENS)
-            writer.write(message("/generate_stream", asked, headers=self._headers))
-            while not response.ended:
-                data = await reader.read(65536)
-                if not data:
+        asked = body(prompt, max_new_tokens=OUTPUT_TOKENS)
+        reader = await line.send(message("/generate_stream", asked, headers=self._headers))
+        while not response.ended:
+            data = await reader.read(65536)
+            if not data:
+                level.num_broken += 1
+                return 0.0
+            received = received or data
+            for event in response.feed(data):
+                now = time.monotonic()
+                if b'"token"' not in event:
                     level.num_broken += 1
-                    return 0.0
-                received = received or data
-                for event in response.feed(data):
-                    now = time.monotonic()
-                    if b'"token"' not in event:
-                        level.num_broken += 1
-                        continue
-                    if last > began:
-                        level.gaps_s.append(now - last)
-                    else:
-                        level.first_token_s.append(now - began)
-                        level.waited_s.append(now - (since or began))
-                    last = now
-                    level.num_tokens += now < until  # what ends behind the time is no part of its throughput
-        finally:
-            writer.transport.abort()
+                    continue
+                if last > began:
+                    level.gaps_s.append(now - last)
+                else:
+                    level.first_token_s.append(now - began)
+                    level.waited_s.append(now - since)
+                last = now
+                level.num_tokens += now < until  # what ends behind the time is no part of its throughput
         assert response.status is not None
         level.statuses[response.status] += 1
         if response.status != 429:
@@ -242,11 +279,14 @@ async def readers(server: Launched, *, slow: bool) -> AsyncIterator[None]:
 
 
 class Levels:
-    def __init__(self, model: Path, seconds: float, rounds: int, *, impatient: bool) -> None:
+    def __init__(
+        self, model: Path, seconds: float, rounds: int, *, impatient: bool = False, reconnect: bool = False
+    ) -> None:
         self._model = model
         self._seconds = seconds
         self._rounds = rounds
         self._impatient = impatient
+        self._reconnect = reconnect
         source = prompts_of(model / "tokenizer.json", INPUT_TOKENS, seed=0)
         self._prompts = [next(source) for _ in range(200)]
 
@@ -269,11 +309,11 @@ class Levels:
         with starting(*arguments, environ={}) as server:
             server.wait_until_ready()
             alone = self._alone(server) if compares else []
-            asyncio.run(self._measure(server, Level(), steady))  # warm
+            uvloop.run(self._measure(server, Level(), steady))  # warm
             for _ in range(self._rounds):
                 shares = []
                 for level, each in ((row.steady, steady), (row.loaded, load)):
-                    shares.append(asyncio.run(self._measure(server, level, each)))
+                    shares.append(uvloop.run(self._measure(server, level, each)))
                     wait_until_idle(server)
                     level.router_mib = server.processes()["router"].memory_info().rss / 2**20
                 row.shares.append(shares[1] / shares[0])
@@ -292,7 +332,7 @@ class Levels:
 
     async def _measure(self, server: Launched, level: Level, load: Load) -> float:
         """Tokens per second."""
-        clients = Clients(server, self._prompts, level, impatient=self._impatient)
+        clients = Clients(server, self._prompts, level, impatient=self._impatient, reconnect=self._reconnect)
         before = level.num_tokens
         async with contextlib.AsyncExitStack() as stack:
             if load.beside is not None:
@@ -343,8 +383,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="of a turn")
     parser.add_argument("--rounds", type=int, default=5, help="of steady load and a level each")
     parser.add_argument("--impatient", action="store_true", help="refused clients come back at once")
+    parser.add_argument("--reconnect", action="store_true", help="each request has a connection of its own")
     arguments = parser.parse_args()
-    rows = Levels(arguments.model, arguments.seconds, arguments.rounds, impatient=arguments.impatient).run()
+    rows = Levels(
+        arguments.model,
+        arguments.seconds,
+        arguments.rounds,
+        impatient=arguments.impatient,
+        reconnect=arguments.reconnect,
+    ).run()
     print(table(rows))
     sys.exit(any(row.steady.num_broken + row.loaded.num_broken for row in rows))
 

@@ -40,11 +40,11 @@ def measure(model: Path, seconds: float, num_clients: int, fair_shares: str, see
         server.wait_until_ready()
 
         async def run() -> None:
-            flooding = Clients(server, prompts, Level(), impatient=False, key="key-a")
+            flooding = Clients(server, prompts, Level(), key="key-a")
             await flooding.run(SHARE, 5.0)
             await asyncio.gather(
-                Clients(server, prompts, a, impatient=False, key="key-a").run(num_clients, seconds),
-                Clients(server, prompts, b, impatient=False, key="key-b").run(B_CLIENTS, seconds),
+                Clients(server, prompts, a, key="key-a").run(num_clients, seconds),
+                Clients(server, prompts, b, key="key-b").run(B_CLIENTS, seconds),
             )
 
         asyncio.run(run())

@@ -50,10 +50,11 @@ def counted(metrics: Metrics, route: str) -> Iterator[None]:
     try:
         yield
     except RouterError as error:
-        metrics.request_failure.inc(err=error.metric)
         if isinstance(error, Overloaded):
-            _refusals.tell(route, error)
-        elif error.status < 500 and error.status != 424:
+            _refused(metrics, route, error)
+            raise
+        metrics.request_failure.inc(err=error.metric)
+        if error.status < 500 and error.status != 424:
             # The client's own mistakes are no errors of the server, and the text may quote what it sent.
             logger.warning("%s failed with %d: %s", route, error.status, error.error_type)
             logger.debug("%s failed with %d: %s", route, error.status, error)
@@ -69,6 +70,17 @@ def counted(metrics: Metrics, route: str) -> Iterator[None]:
         logger.exception("A request failed by a defect of the router")
         raise InternalError from error
     metrics.request_success.inc()
+
+
+def count_refusal(metrics: Metrics, route: str, error: Overloaded) -> None:
+    """The same of a request that was turned away unread."""
+    metrics.request_count.inc()
+    _refused(metrics, route, error)
+
+
+def _refused(metrics: Metrics, route: str, error: Overloaded) -> None:
+    metrics.request_failure.inc(err=error.metric)
+    _refusals.tell(route, error)
 
 
 def record_success(

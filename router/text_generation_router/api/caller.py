@@ -32,6 +32,13 @@ def tenant_of_key(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
+def tenant_of(scope: Scope) -> bytes:
+    """Whose request it is; empty for those of nobody in particular."""
+    # Also where no key is asked for, and in any form: a gateway in front may know its tenants by theirs.
+    key = key_of(scope) or header(scope, b"authorization")
+    return b"" if key is None else tenant_of_key(key)
+
+
 def caller_of(scope: Scope) -> Caller:
     """Who sent the request of this scope, which an `Endpoint` has noted."""
     caller: Caller = scope["state"]["caller"]
@@ -44,12 +51,10 @@ def note_caller(scope: Scope) -> None:
     A malformed trace context is nobody's error and counts as none. Raises: ValidationError for the other headers.
     """
     trace = header(scope, b"traceparent")
-    # Also where no key is asked for, and in any form: a gateway in front may know its tenants by theirs.
-    key = key_of(scope) or header(scope, b"authorization")
     timeout_ms = _number(scope, b"x-request-timeout-ms", 1, MAX_TIMEOUT_MS)
     scope.setdefault("state", {})["caller"] = Caller(
         traceparent=trace.decode("ascii") if trace is not None and _TRACEPARENT.fullmatch(trace) else "",
-        tenant=b"" if key is None else tenant_of_key(key),
+        tenant=tenant_of(scope),
         priority=_number(scope, b"x-priority", -MAX_PRIORITY, MAX_PRIORITY) or 0,
         timeout_s=None if timeout_ms is None else timeout_ms / 1000,
         asked_at=time.perf_counter(),

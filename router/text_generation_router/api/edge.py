@@ -1,19 +1,23 @@
-"""What stands before a handler: CORS, the API key, the way out, and errors that have no body."""
+"""What stands before a handler: CORS, whether there is room, the API key, the way out, and errors that have no body."""
 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from text_generation_router.admission import Admission
+from text_generation_router.api.accounting import count_refusal
 from text_generation_router.api.body import header
-from text_generation_router.api.caller import key_of, note_caller, tenant_of_key
+from text_generation_router.api.caller import key_of, note_caller, tenant_of, tenant_of_key
 from text_generation_router.api.disconnect import ClientGone
 from text_generation_router.api.reply import send_empty
 from text_generation_router.draining import Drain
-from text_generation_router.errors import ShuttingDown, Unauthorized
+from text_generation_router.errors import RouterError, ShuttingDown, Unauthorized
+from text_generation_router.metrics import Metrics
 
 Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -32,6 +36,11 @@ class Protected:
     """A handler behind the API key."""
 
     handler: Handler
+
+
+@dataclass(frozen=True, slots=True)
+class Placed(Protected):
+    """One whose requests need a place among those that the model computes."""
 
 
 class ApiKey:
@@ -94,6 +103,47 @@ class _BodyReceive:
 
     async def _next(self) -> Message:
         return await self._receive()
+
+
+class Turnstile:
+    """Turns requests away that would find no place, before anything of them is read: a full server refuses many, some
+    come back many times, and all of that is on the processors of those that run. What it lets pass may find none yet.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        paths: Collection[str],
+        key: ApiKey,
+        admission: Admission,
+        metrics: Metrics,
+        respond: Callable[[str, RouterError], Response],
+    ) -> None:
+        """``paths``: where requests need a place. ``respond``: path, error -> what the client gets."""
+        self._app = app
+        self._paths = paths
+        self._key = key
+        self._admission = admission
+        self._metrics = metrics
+        self._respond = respond
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._refuses(scope):
+            await self._app(scope, receive, send)
+            return
+        path, error = scope["path"], self._admission.turn_away()
+        count_refusal(self._metrics, path, error)
+        await self._respond(path, error)(scope, receive, send)
+
+    def _refuses(self, scope: Scope) -> bool:
+        return (
+            scope.get("method") == "POST"
+            and scope["path"] in self._paths
+            and not self._admission.draining
+            and self._admission.is_full(tenant_of(scope))
+            and self._key.admits(scope)
+            and header(scope, b"expect") is None  # else nobody knows whether the body will come
+        )
 
 
 class Cors:

@@ -36,6 +36,8 @@ class ObjectScanner:
     _reads_value: bool = False
     """Behind the colon of a member of the top level."""
     _value_is_string: bool = False
+    _value_ended: bool = False
+    """It was a string, an object or an array, which say themselves where they end: only a comma or a brace follows."""
 
     def feed(self, text: str) -> tuple[list[tuple[str, str]], str]:
         """Parts of streamed members, as (name, text), and what is left of ``text``: behind the object's end, or from
@@ -54,11 +56,12 @@ class ObjectScanner:
         found = _OUTSIDE.search(text, place)
         stop = found.start() if found else len(text)
         between = text[place:stop]
-        if self._depth == 0 or (self._depth == 1 and not self._reads_value):
+        at_top = self._depth == 1
+        if self._depth == 0 or (at_top and (not self._reads_value or self._value_ended)):
             blank = len(between) - len(between.lstrip(_SPACE))
             if blank < len(between):
                 return self._fail(place + blank)
-        self._hand_out(between.strip(_SPACE) if self._depth == 1 else between, parts)
+        self._hand_out(between.strip(_SPACE) if at_top else between, parts)
         if found is None:
             return stop
         sign = found[0]
@@ -67,7 +70,8 @@ class ObjectScanner:
                 return self._fail(stop)
             self._depth, self._expects_key = 1, True
             return stop + 1
-        at_top = self._depth == 1
+        if at_top and self._value_ended and sign not in ",}":
+            return self._fail(stop)
         if sign == '"':
             self._in_string = True
             if at_top:
@@ -78,7 +82,7 @@ class ObjectScanner:
         elif at_top and sign == ":":
             if self._key is None or self._reads_value:
                 return self._fail(stop)
-            self._reads_value, self._value_is_string = True, False
+            self._reads_value, self._value_is_string, self._value_ended = True, False, False
         elif at_top and sign == ",":
             if not self._end_member(parts):
                 return self._fail(stop)
@@ -96,6 +100,7 @@ class ObjectScanner:
                 self.ended = True
             else:
                 self._hand_out(sign, parts)
+                self._value_ended = self._depth == 1
         else:
             self._hand_out(sign, parts)
         return stop + 1
@@ -123,8 +128,10 @@ class ObjectScanner:
             if not self._expects_key or key is None:
                 return self._fail(stop)
             self._key, self._expects_key = key, False
-        elif self._key not in self.streamed:
-            self._hand_out('"', parts)
+        else:
+            self._value_ended = True
+            if self._key not in self.streamed:
+                self._hand_out('"', parts)
         return stop + 1
 
     def _keep(self, text: str, at_top: bool, parts: list[tuple[str, str]]) -> None:
@@ -150,7 +157,7 @@ class ObjectScanner:
                 parts.append((self._key, text))
             else:
                 self.strings[self._key] = text
-        self._key, self._reads_value, self._value_is_string = None, False, False
+        self._key, self._reads_value, self._value_is_string, self._value_ended = None, False, False, False
         return True
 
 

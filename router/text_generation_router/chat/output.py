@@ -203,8 +203,10 @@ class CallStage:
                 self._size = 0
                 if not text:
                     return
-            yield from self._read(text)
-            text = ""
+            # Where it is given up, it is so at the same character, whatever the pieces.
+            room = len(text) if self._is_known else MAX_UNKNOWN - self._size
+            yield from self._read(text[:room])
+            text = text[room:]
 
     def end(self) -> Iterator[Delta]:
         if self._reader is not None:
@@ -218,12 +220,12 @@ class CallStage:
 
     def _read(self, text: str) -> Iterator[Delta]:
         assert self._reader is not None
-        if self.calls.count == self._num_before:
+        if not self._is_known:
             self._raw.append(text)
         deltas, rest = self._reader.feed(text)
         yield from deltas
         self._size += len(text)
-        if self.calls.count == self._num_before and self._size > MAX_UNKNOWN:
+        if not self._is_known and self._size >= MAX_UNKNOWN:
             self._reader.refused = True
         if self._reader.refused:
             self._reader = None
@@ -234,6 +236,11 @@ class CallStage:
         elif rest is not None:
             self._reader = None
             self._held = rest.lstrip(_SPACE)
+
+    @property
+    def _is_known(self) -> bool:
+        """Whether the section has turned out to be one."""
+        return self.calls.count > self._num_before
 
     def _find(self, text: str) -> tuple[int, int] | None:
         """Where a section begins, and the length of its mark; else what cannot be told yet is held back."""

@@ -159,9 +159,8 @@ class EncoderBatcher:
                         self._num_in_flight += 1
                         sent.update(batch)
                         tasks.create_task(self._compute(batch, sent))
-                    if self.backlog.is_full:
-                        for job in self.backlog.surplus(self._not_begun()):
-                            _fail(job, Overloaded(self.backlog.turn_away()))
+                    for job in self.backlog.surplus(self._not_begun):
+                        _fail(job, Overloaded(self.backlog.turn_away()))
                     await self._wake.wait()
                     self._wake.clear()
         finally:

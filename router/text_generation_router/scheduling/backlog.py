@@ -38,13 +38,13 @@ class Backlog:
         """Seconds after which it is worth for a client to come back that finds no place now."""
         return self._departures.turn_away(time.perf_counter(), self._num_waiting())
 
-    def surplus(self, not_begun: Sequence[T]) -> Sequence[T]:
-        """Those of them, in the order in which they came, that may not wait any longer.
+    def surplus(self, not_begun: Callable[[], Sequence[T]]) -> Sequence[T]:
+        """Those that may not wait any longer. ``not_begun``: gathers them, in the order in which they came.
 
         Who comes at once is let in at once, since some may begin at once; asked when a step was planned, it tells whom
         that left behind.
         """
-        return () if self._max_queue_size is None else not_begun[self._max_queue_size :]
+        return not_begun()[self._max_queue_size :] if self.is_full else ()
 
     def arrive(self) -> None:
         """A request has come."""

@@ -188,16 +188,16 @@ class Batcher:
                 self._sent[step_id] = _SentStep(now, plan, plan.work, follows)
 
     def _turn_away_surplus(self) -> None:
-        """Parts of a request, which was let in as a whole, stay, and send nobody away."""
-        if not self.backlog.is_full:
-            return
-        not_begun = [each for each in self._scheduler.waiting if each.started_at is None and not each.is_part]
-        not_begun.sort(key=lambda each: each.enqueued_at)
-        for queued in self.backlog.surplus(not_begun):
+        for queued in self.backlog.surplus(self._not_begun):
             self._scheduler.cancel(queued)
             del self._answers[queued]
             queued.stream.fail(Overloaded(self.backlog.turn_away()))
-        self._show_state()
+            self._show_state()
+
+    def _not_begun(self) -> list[QueuedRequest]:
+        """In the order in which they came. Parts of a request that was let in as a whole stay, and send nobody away."""
+        not_begun = [each for each in self._scheduler.waiting if each.started_at is None and not each.is_part]
+        return sorted(not_begun, key=lambda each: each.enqueued_at)
 
     def _waits_for_others(self) -> bool:
         """Whether the next step is better planned a little later; the loop is woken then."""

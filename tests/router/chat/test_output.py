@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from text_generation_router.chat.output import (
+    MAX_UNKNOWN,
     CallArguments,
     CallBegins,
     Content,
@@ -206,6 +207,25 @@ def test_arguments_stream_as_they_come() -> None:
         [CallArguments(0, 'ris"}')],
         [],
     ]
+
+
+@pytest.mark.parametrize("behind", ["<|python_tag|>", "Well.", '"a"', "{}", "[1]", ": 1", "]"])
+@pytest.mark.parametrize("value", ['{"a": 1}', '{"a": {"b": []}}', "[]"])
+def test_what_stands_behind_the_end_of_the_arguments_is_no_part_of_them(value: str, behind: str) -> None:
+    text = '{"name": "time", "arguments": ' + value + " " + behind
+    for pieces in ([text], list(text)):
+        stage = form("llama3_json").stage(TOOLS, counted_id)
+        assert read(stage, pieces) == (behind, "", [("time", value)])
+
+
+@pytest.mark.parametrize("size", [MAX_UNKNOWN - 40, MAX_UNKNOWN - 10, MAX_UNKNOWN, MAX_UNKNOWN + 10, 2 * MAX_UNKNOWN])
+def test_a_section_is_given_up_at_the_same_character_however_it_comes(size: int) -> None:
+    text = '<tool_call>{"id": "' + "a" * size + '", "name": "time", "arguments": {}}</tool_call>'
+    whole = read(form("hermes").stage(TOOLS, counted_id), [text])
+    assert whole == (("", "", [("time", "{}")]) if size < MAX_UNKNOWN - 20 else (text, "", []))
+    for step in (1000, MAX_UNKNOWN - 1):
+        pieces = [text[start : start + step] for start in range(0, len(text), step)]
+        assert read(form("hermes").stage(TOOLS, counted_id), pieces) == whole
 
 
 @pytest.mark.parametrize(

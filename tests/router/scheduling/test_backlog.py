@@ -1,5 +1,6 @@
 """`scheduling.backlog`: what a client is told that finds no place."""
 
+import pytest
 from text_generation_router.scheduling.backlog import COMEBACKS, MAX_RETRY_S, MIN_RETRY_S, Backlog, Departures
 
 
@@ -52,11 +53,12 @@ def test_as_many_wait_as_may() -> None:
     full, free = (Backlog(lambda count=count: count, 2) for count in (2, 1))  # type: ignore[misc]
     assert full.is_full
     assert not free.is_full
-    assert full.surplus("abc") == "c", "the last come are the first to go"
-    assert not full.surplus("ab")
+    assert full.surplus(lambda: "abc") == "c", "the last come are the first to go"
+    assert not full.surplus(lambda: "ab")
+    assert not free.surplus(lambda: pytest.fail("nobody need be gathered"))
 
 
 def test_without_a_limit_all_wait_that_are_let_in() -> None:
     backlog = Backlog(lambda: 1000, None)
     assert not backlog.is_full
-    assert not backlog.surplus(list(range(1000)))
+    assert not backlog.surplus(lambda: list(range(1000)))
