@@ -14,9 +14,10 @@ from builders import byte_tokenizer
 from starlette.types import ASGIApp
 from text_generation_proto.grammars import Grammar
 from text_generation_router.admission import Admission
+from text_generation_router.api.edge import Turnstile
 from text_generation_router.api.schemas import Info
 from text_generation_router.api.service import ServiceRoutes
-from text_generation_router.app import Access, build_app
+from text_generation_router.app import Access, build_app, build_turnstile
 from text_generation_router.backend import Backend, GenerationBackend
 from text_generation_router.chat.template import ChatTemplate, ChatTemplates
 from text_generation_router.config import Limits, RouterConfig, RouterFlags
@@ -147,6 +148,8 @@ class Router:
     inference: Inference
     metrics: Metrics
     drain: Drain
+    turnstile: Turnstile
+    """In front of what is reached over a socket."""
     client: httpx2.AsyncClient
     server: HttpServer | None
 
@@ -279,10 +282,11 @@ async def running(
         cors_allow_origin=origins,
     )
     app = build_app(routes, access)
+    turnstile = build_turnstile(routes, access)
     server = None
     if over_socket:
         sock = bind("127.0.0.1", 0)
-        server = HttpServer(app, sock, max_connections=max_connections)
+        server = HttpServer(app, sock, turnstile=turnstile, max_connections=max_connections)
         await server.listen()
         host, port = sock.getsockname()
         limits_of_client = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
@@ -292,7 +296,7 @@ async def running(
         client = httpx2.AsyncClient(transport=transport, base_url="http://router")
     try:
         async with client:
-            yield Router(app, batcher, inference, metrics, drain, client, server)
+            yield Router(app, batcher, inference, metrics, drain, turnstile, client, server)
     finally:
         if server is not None:
             await server.close()

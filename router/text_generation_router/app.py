@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from text_generation_router.admission import Admission
 from text_generation_router.api.anthropic.messages import MessageRoutes
 from text_generation_router.api.docs import DocsRoutes
-from text_generation_router.api.edge import ApiKey, Cors, Endpoint, Open, Placed, Protected, Turnstile
+from text_generation_router.api.edge import ApiKey, Cors, CorsRules, Endpoint, Open, Placed, Protected, Turnstile
 from text_generation_router.api.embeddings import EmbeddingRoutes
 from text_generation_router.api.generate import GenerateRoutes
 from text_generation_router.api.openai.chat import ChatRoutes
@@ -90,13 +90,6 @@ class Routes:
 def build_app(routes_of: Routes, access: Access) -> ASGIApp:
     """Every route of the router. A path that is missing here does not exist."""
     service, docs = routes_of.service, DocsRoutes()
-    posts: dict[str, Protected] = {
-        "/": Placed(routes_of.shared.root),
-        "/invocations": Placed(routes_of.shared.invocations),
-        "/tokenize": Protected(service.tokenize),
-        **_generating(routes_of.generating, routes_of.model_id),
-        **_embedding(routes_of.embeddings, routes_of.model_id),
-    }
     gets: dict[str, Open | Protected] = {
         "/": Open(service.health),
         "/docs": Open(docs.page),
@@ -111,20 +104,41 @@ def build_app(routes_of: Routes, access: Access) -> ASGIApp:
         "/live": Open(service.live),
         "/metrics": Open(service.metrics),
     }
-    if access.aip_predict_route is not None:
-        posts[access.aip_predict_route] = posts["/vertex"]
     if access.aip_health_route is not None:
         gets.setdefault(access.aip_health_route, Open(service.health))
     table: dict[str, dict[str, Open | Protected]] = {path: {"GET": row} for path, row in gets.items()}
-    for path, row in posts.items():
+    for path, row in _posts(routes_of, access).items():
         table.setdefault(path, {})["POST"] = row
     key = ApiKey(access.api_keys)
     routes = [
         Route(path, Endpoint(methods, key, access.drain), methods=list(methods)) for path, methods in table.items()
     ]
-    placed = frozenset(path for path, row in posts.items() if isinstance(row, Placed))
-    app = Turnstile(_application(routes), placed, key, access.admission, access.metrics, _error_response)
-    return Cors(app, access.cors_allow_origin)
+    return Cors(_application(routes), CorsRules(access.cors_allow_origin))
+
+
+def build_turnstile(routes_of: Routes, access: Access) -> Turnstile:
+    """What stands before them."""
+    return Turnstile(
+        frozenset(path for path, row in _posts(routes_of, access).items() if isinstance(row, Placed)),
+        ApiKey(access.api_keys),
+        CorsRules(access.cors_allow_origin),
+        access.admission,
+        access.metrics,
+        _error_response,
+    )
+
+
+def _posts(routes_of: Routes, access: Access) -> dict[str, Protected]:
+    posts = {
+        "/": Placed(routes_of.shared.root),
+        "/invocations": Placed(routes_of.shared.invocations),
+        "/tokenize": Protected(routes_of.service.tokenize),
+        **_generating(routes_of.generating, routes_of.model_id),
+        **_embedding(routes_of.embeddings, routes_of.model_id),
+    }
+    if access.aip_predict_route is not None:
+        posts[access.aip_predict_route] = posts["/vertex"]
+    return posts
 
 
 def _generating(routes: GeneratingRoutes | None, model_id: str) -> dict[str, Protected]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import http
-from typing import Any
+from typing import Any, Protocol, cast
 
 import httptools
+from starlette.responses import Response
+from starlette.types import ASGIApp, Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEAD_BYTES = 64 * 1024
@@ -30,6 +32,11 @@ a client that still sends after so much is cut off."""
 TOO_LARGE = "The request line and headers are too large"
 
 
+class Turnstile(Protocol):
+    def refusal(self, scope: Scope) -> Response | None:
+        """The answer to a request of which there is no more than its head; None: it may pass."""
+
+
 class HttpProtocol(HttpToolsProtocol):
     """Notices a client that goes away while requests are pipelined, can cut off one that does not read, takes requests
     that offer an upgrade as what they are, and reads the rest of a refused body.
@@ -42,6 +49,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     max_connections: int | None = None
     """Of the whole server; a connection beyond them is told so and closed."""
+    turnstile: Turnstile | None = None
+    """Whom it refuses gets the answer at once, from no task, in the turn of the loop in which the request came."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -133,6 +142,21 @@ class HttpProtocol(HttpToolsProtocol):
         self._unanswered.append(self.cycle)
         if 1 < len(self._unanswered) <= MAX_PIPELINED:
             self.flow.resume_reading()  # a connection that is not read does not tell that its client has gone
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
+        answer = None if self.turnstile is None else self.turnstile.refusal(cast("Scope", cycle.scope))
+        if answer is None:
+            super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
+            return
+        head = [b"HTTP/1.1 %d %s" % (answer.status_code, http.HTTPStatus(answer.status_code).phrase.encode())]
+        head += [b"%s: %s" % header for header in (*cycle.default_headers, *answer.raw_headers)]
+        if not cycle.keep_alive:
+            head.append(b"connection: close")
+        self.transport.write(b"\r\n".join((*head, b"", bytes(answer.body))))
+        cycle.response_started = cycle.response_complete = True
+        if not cycle.keep_alive:
+            self.transport.close()
+        self.on_response_complete()
 
     def on_body(self, body: bytes) -> None:
         if self._is_refused:

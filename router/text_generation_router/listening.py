@@ -17,7 +17,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from text_generation_router.http_protocol import FIRST_BYTE_S, HttpProtocol
+from text_generation_router.http_protocol import FIRST_BYTE_S, HttpProtocol, Turnstile
 
 logger = logging.getLogger(__name__)
 
@@ -112,20 +112,26 @@ def shown_address(sock: socket.socket) -> str:
     return _shown(host, port)
 
 
-def limited_to(connections: int | None) -> type[HttpProtocol]:
-    return type("LimitedHttpProtocol", (HttpProtocol,), {"max_connections": connections})
+def protocol_with(max_connections: int | None, turnstile: Turnstile | None) -> type[HttpProtocol]:
+    return type("OwnHttpProtocol", (HttpProtocol,), {"max_connections": max_connections, "turnstile": turnstile})
 
 
 class HttpServer(uvicorn.Server):
     """uvicorn on a bound socket; it starts and stops when told, never by a signal of its own."""
 
     def __init__(
-        self, app: ASGIApp, sock: socket.socket, tls: Tls | None = None, *, max_connections: int | None = None
+        self,
+        app: ASGIApp,
+        sock: socket.socket,
+        tls: Tls | None = None,
+        *,
+        turnstile: Turnstile | None = None,
+        max_connections: int | None = None,
     ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
-                http=limited_to(max_connections),
+                http=protocol_with(max_connections, turnstile),
                 loop="none",
                 ws="none",
                 lifespan="off",

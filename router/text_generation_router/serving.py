@@ -26,7 +26,7 @@ from text_generation_router.api.platforms import SharedPaths, VertexRoutes
 from text_generation_router.api.schemas import Info
 from text_generation_router.api.served import Served
 from text_generation_router.api.service import ServiceRoutes
-from text_generation_router.app import Access, GeneratingRoutes, Routes, build_app, build_metrics_app
+from text_generation_router.app import Access, GeneratingRoutes, Routes, build_app, build_metrics_app, build_turnstile
 from text_generation_router.backend import Backend, GenerationBackend, StartError, end_task, start_backend
 from text_generation_router.chat.plain_text import PlainText
 from text_generation_router.chat.reasoning import REASONING_MARKS
@@ -94,8 +94,9 @@ async def serve(flags: RouterFlags, shutdown: Shutdown | None = None) -> int:
             aip_predict_route=flags.aip_predict_route,
             aip_health_route=flags.aip_health_route,
         )
-        app = build_app(make_routes(flags, backend, service), access)
-        servers = [HttpServer(app, sock, tls, max_connections=connections_that_fit())]
+        routes = make_routes(flags, backend, service)
+        app, turnstile = build_app(routes, access), build_turnstile(routes, access)
+        servers = [HttpServer(app, sock, tls, turnstile=turnstile, max_connections=connections_that_fit())]
         if metrics_sock is not None:
             metrics_app = build_metrics_app(service, Drain())
             servers.append(HttpServer(metrics_app, metrics_sock, tls, max_connections=METRICS_CONNECTIONS))

@@ -127,8 +127,8 @@ async def test_a_full_server_logs_many_refusals_in_one_line(
             assert (await router.client.post("/generate", json=BODY)).status_code == 429
         assert router.metrics.request_failure.value(err="overloaded") == 21
     assert [record.getMessage() for record in caplog.records if "429" in record.getMessage()] == [
-        "/generate failed with 429: overloaded",
-        "/generate failed with 429: overloaded, and 19 since the last such line",
+        "generate failed with 429: overloaded",
+        "generate failed with 429: overloaded, and 19 since the last such line",
     ]
 
 
@@ -161,6 +161,51 @@ async def test_a_full_server_refuses_before_it_reads(path: str) -> None:
         # The body comes late, and the connection serves on.
         writer.write(b"{" + b" " * 18 + b"}GET /live HTTP/1.1\r\nhost: x\r\n\r\n")
         assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        writer.transport.abort()
+
+
+@pytest.mark.parametrize(("version", "closes"), [("1.0", True), ("1.1", False)])
+async def test_a_full_server_refuses_all_requests_of_a_connection(version: str, closes: bool) -> None:
+    request = f"POST /generate HTTP/{version}\r\nhost: x\r\ncontent-length: 2\r\n\r\n{{}}".encode()
+    async with scripted.running(max_concurrent_requests=0, over_socket=True) as router, asyncio.timeout(20):
+        reader, writer = await asyncio.open_connection(router.client.base_url.host, router.client.base_url.port)
+        writer.write(request * 20 + b"GET /live HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        received = await reader.read(-1)
+        assert received.count(b"HTTP/1.1 429 ") == (1 if closes else 20)
+        assert received.count(b'"error_type":"overloaded"}') == (1 if closes else 20)
+        assert received.count(b"HTTP/1.1 200 ") == (0 if closes else 1)
+        assert received.count(b"connection: close") == 1
+        writer.transport.abort()
+
+
+async def test_who_stands_behind_a_running_request_is_refused_when_its_turn_comes() -> None:
+    release = asyncio.Event()
+
+    async def say_late(queued: Any) -> None:
+        await release.wait()
+        scripted.say(queued, "a")
+
+    tasks: list[asyncio.Task[None]] = []
+    request = b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 15\r\n\r\n"
+    async with (
+        scripted.running(
+            script=lambda queued: tasks.append(asyncio.create_task(say_late(queued))),
+            max_concurrent_requests=1,
+            over_socket=True,
+        ) as router,
+        asyncio.timeout(20),
+    ):
+        reader, writer = await asyncio.open_connection(router.client.base_url.host, router.client.base_url.port)
+        writer.write((request + b'{"inputs":"hi"}') * 3)
+        while not tasks:  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+        assert (await router.client.post("/generate", json=BODY)).status_code == 429
+        release.set()
+        for _ in range(3):
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200 "), "the place of the one before is free"
+            (length,) = re.findall(rb"content-length: (\d+)", head)
+            await reader.readexactly(int(length))
         writer.transport.abort()
 
 

@@ -64,7 +64,7 @@ ANSWERS = [
     (name, words(fields))
     for row in section("Fields of answers").splitlines()
     for names, _, fields in [row.partition(":")]
-    for name in words(names)
+    for name in sorted(words(names))
 ]
 
 

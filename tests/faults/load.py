@@ -5,7 +5,8 @@
 The levels of load, scaled to a machine of a few cores: a quarter of the default number of concurrent requests, with
 prompts of 64 tokens and answers of 32. Each takes turns with steady load on the same server, since a machine may be
 faster in one minute than in the next. A client that is refused comes back when `Retry-After` says, or at once with
-``--impatient``. Clients share the cores with the server: what they cost themselves counts, too.
+``--impatient``. Clients have a core of their own and the server has the others, as if they were elsewhere: what they
+cost themselves is none of its business. With ``--share-cores`` both have all.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import random
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,6 +43,17 @@ INPUT_TOKENS, OUTPUT_TOKENS = 64, 32
 IDLE, SLOW_HEADS = 1000, 200
 SLOW_READERS, SILENT_READERS = 40, 10
 BURST_EVERY_S = 10.0
+
+
+@contextlib.contextmanager
+def on_cores(cores: set[int]) -> Iterator[None]:
+    """Have this thread, and what it starts, run on them alone."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 Beside = Callable[[Launched], AbstractAsyncContextManager[None]]
@@ -131,7 +144,11 @@ class Clients:
         connection of its own."""
         self._server = server
         self._reconnect = reconnect
-        self._headers = "" if key is None else f"authorization: Bearer {key}\r\n"
+        headers = "" if key is None else f"authorization: Bearer {key}\r\n"
+        self._requests = {
+            prompt: message("/generate_stream", body(prompt, max_new_tokens=OUTPUT_TOKENS), headers=headers)
+            for prompt in prompts
+        }
         self._prompts = prompts
         self._level = level
         self._impatient = impatient
@@ -166,8 +183,7 @@ class Clients:
         response = SseReader()
         began = last = time.monotonic()
         received = b""
-        asked = body(prompt, max_new_tokens=OUTPUT_TOKENS)
-        reader = await line.send(message("/generate_stream", asked, headers=self._headers))
+        reader = await line.send(self._requests[prompt])
         while not response.ended:
             data = await reader.read(65536)
             if not data:
@@ -280,13 +296,23 @@ async def readers(server: Launched, *, slow: bool) -> AsyncIterator[None]:
 
 class Levels:
     def __init__(
-        self, model: Path, seconds: float, rounds: int, *, impatient: bool = False, reconnect: bool = False
+        self,
+        model: Path,
+        seconds: float,
+        rounds: int,
+        *,
+        impatient: bool = False,
+        reconnect: bool = False,
+        share_cores: bool = False,
     ) -> None:
         self._model = model
         self._seconds = seconds
         self._rounds = rounds
         self._impatient = impatient
         self._reconnect = reconnect
+        cores = os.sched_getaffinity(0)
+        self._client_cores = cores if share_cores or len(cores) == 1 else {max(cores)}
+        self._server_cores = cores if share_cores or len(cores) == 1 else cores - self._client_cores
         source = prompts_of(model / "tokenizer.json", INPUT_TOKENS, seed=0)
         self._prompts = [next(source) for _ in range(200)]
 
@@ -306,7 +332,10 @@ class Levels:
         """``compares``: whether answers to requests alone are the same before and after."""
         row = Row(name)
         arguments = ("--model-id", str(self._model), "--max-concurrent-requests", str(limit))
-        with starting(*arguments, environ={}) as server:
+        with contextlib.ExitStack() as stack:
+            with on_cores(self._server_cores):
+                server = stack.enter_context(starting(*arguments, environ={}))
+            stack.enter_context(on_cores(self._client_cores))
             server.wait_until_ready()
             alone = self._alone(server) if compares else []
             uvloop.run(self._measure(server, Level(), steady))  # warm
@@ -384,6 +413,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of steady load and a level each")
     parser.add_argument("--impatient", action="store_true", help="refused clients come back at once")
     parser.add_argument("--reconnect", action="store_true", help="each request has a connection of its own")
+    parser.add_argument("--share-cores", action="store_true", help="of the server with its clients")
     arguments = parser.parse_args()
     rows = Levels(
         arguments.model,
@@ -391,6 +421,7 @@ def main() -> None:
         arguments.rounds,
         impatient=arguments.impatient,
         reconnect=arguments.reconnect,
+        share_cores=arguments.share_cores,
     ).run()
     print(table(rows))
     sys.exit(any(row.steady.num_broken + row.loaded.num_broken for row in rows))

@@ -105,67 +105,42 @@ class _BodyReceive:
         return await self._receive()
 
 
-class Turnstile:
-    """Turns requests away that would find no place, before anything of them is read: a full server refuses many, some
-    come back many times, and all of that is on the processors of those that run. What it lets pass may find none yet.
-    """
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        paths: Collection[str],
-        key: ApiKey,
-        admission: Admission,
-        metrics: Metrics,
-        respond: Callable[[str, RouterError], Response],
-    ) -> None:
-        """``paths``: where requests need a place. ``respond``: path, error -> what the client gets."""
-        self._app = app
-        self._paths = paths
-        self._key = key
-        self._admission = admission
-        self._metrics = metrics
-        self._respond = respond
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._refuses(scope):
-            await self._app(scope, receive, send)
-            return
-        path, error = scope["path"], self._admission.turn_away()
-        count_refusal(self._metrics, path, error)
-        await self._respond(path, error)(scope, receive, send)
-
-    def _refuses(self, scope: Scope) -> bool:
-        return (
-            scope.get("method") == "POST"
-            and scope["path"] in self._paths
-            and not self._admission.draining
-            and self._admission.is_full(tenant_of(scope))
-            and self._key.admits(scope)
-            and header(scope, b"expect") is None  # else nobody knows whether the body will come
-        )
-
-
-class Cors:
-    """TGI's rules: GET and POST, the header ``content-type``, any origin or the listed ones, never credentials.
+class CorsRules:
+    """TGI's: GET and POST, the header ``content-type``, any origin or the listed ones, never credentials.
 
     Listed origins may send ``authorization`` as well: whoever names them means to let their pages use the key.
     """
 
-    def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
-        self._app = app
+    def __init__(self, origins: Sequence[str] = ()) -> None:
         self._any_origin = not origins or "*" in origins
         self._origins = frozenset(origin.encode("latin-1", "replace") for origin in origins)
         allowed = b"content-type" if self._any_origin else b"content-type,authorization"
-        self._preflight = ((b"access-control-allow-methods", b"GET,POST"), (b"access-control-allow-headers", allowed))
+        self.preflight = ((b"access-control-allow-methods", b"GET,POST"), (b"access-control-allow-headers", allowed))
+
+    def headers(self, scope: Scope) -> tuple[tuple[bytes, bytes], ...]:
+        """Of every answer."""
+        if self._any_origin:
+            return (_VARY, (b"access-control-allow-origin", b"*"))
+        origin = header(scope, b"origin")
+        if origin in self._origins and origin is not None:
+            return (_VARY, (b"access-control-allow-origin", origin))
+        return (_VARY,)
+
+
+class Cors:
+    """Adds their headers to every answer, and answers for every path what a page may ask."""
+
+    def __init__(self, app: ASGIApp, rules: CorsRules) -> None:
+        self._app = app
+        self._rules = rules
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = self._headers(scope)
+        headers = self._rules.headers(scope)
         if scope["method"] == "OPTIONS":
-            await send_empty(send, 200, (*headers, *self._preflight))
+            await send_empty(send, 200, (*headers, *self._rules.preflight))
             return
 
         async def send_with_headers(message: Message) -> None:
@@ -175,10 +150,47 @@ class Cors:
 
         await self._app(scope, receive, send_with_headers)
 
-    def _headers(self, scope: Scope) -> tuple[tuple[bytes, bytes], ...]:
-        if self._any_origin:
-            return (_VARY, (b"access-control-allow-origin", b"*"))
-        origin = header(scope, b"origin")
-        if origin in self._origins and origin is not None:
-            return (_VARY, (b"access-control-allow-origin", origin))
-        return (_VARY,)
+
+class Turnstile:
+    """Turns requests away that would find no place, before anything else of them is looked at.
+
+    A full server refuses many, some come back many times, and all that is done for them is done on the processors of
+    those that run. What it lets pass may find no place yet.
+    """
+
+    def __init__(
+        self,
+        paths: Collection[str],
+        key: ApiKey,
+        cors: CorsRules,
+        admission: Admission,
+        metrics: Metrics,
+        respond: Callable[[str, RouterError], Response],
+    ) -> None:
+        """``paths``: where requests need a place. ``respond``: path, error -> what the client gets."""
+        self.paths = paths
+        self._key = key
+        self._cors = cors
+        self._admission = admission
+        self._metrics = metrics
+        self._respond = respond
+
+    def refusal(self, scope: Scope) -> Response | None:
+        """The answer to a request of which there is no more than its head; None: it may pass."""
+        if not self._refuses(scope):
+            return None
+        path, error = scope["path"], self._admission.turn_away()
+        count_refusal(self._metrics, path, error)
+        response = self._respond(path, error)
+        response.raw_headers += self._cors.headers(scope)
+        return response
+
+    def _refuses(self, scope: Scope) -> bool:
+        return (
+            scope["method"] == "POST"
+            and scope["path"] in self.paths
+            and not self._admission.draining
+            and self._admission.is_full(tenant_of(scope))
+            and self._key.admits(scope)
+            and header(scope, b"expect") is None  # else nobody knows whether the body will come
+        )
