@@ -41,6 +41,8 @@ TIMES = 4
 """More clients than that, where it is too much."""
 INPUT_TOKENS, OUTPUT_TOKENS = 64, 32
 IDLE, SLOW_HEADS = 1000, 200
+REQUEST_EVERY_S = 8.0
+"""Of an idle connection, which would be closed after `KEEP_ALIVE_S`, 10 s."""
 SLOW_READERS, SILENT_READERS = 40, 10
 BURST_EVERY_S = 10.0
 
@@ -97,7 +99,7 @@ class Row:
     steady: Level = field(default_factory=Level)
     loaded: Level = field(default_factory=Level)
     shares: list[float] = field(default_factory=list)
-    """Of each round: the tokens of the level by those of the steady load before it."""
+    """Of each round: the tokens of the level by those of the steady load."""
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -166,7 +168,9 @@ class Clients:
                 if self._reconnect:
                     line.close()
                 if wait_s:
-                    await asyncio.sleep(0 if self._impatient else choice.uniform(0.5, 1.5) * wait_s)
+                    pause_s = 0 if self._impatient else choice.uniform(0.5, 1.5) * wait_s
+                    # Not beyond the end: a machine that has rested may be faster in the next turn.
+                    await asyncio.sleep(min(pause_s, max(until - time.monotonic(), 0)))
                 else:
                     since = time.monotonic()
         if wait_s:  # and would wait on
@@ -242,7 +246,7 @@ async def meanwhile(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def idle_connections(server: Launched) -> AsyncIterator[None]:
-    """Kept open, each with a request behind it, and others that have begun one and go on byte by byte."""
+    """Kept open, each with a request now and then, and others that have begun one and go on byte by byte."""
     address = address_of(server)
     live = b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n"
     idle = [await asyncio.open_connection(*address) for _ in range(IDLE)]
@@ -253,7 +257,7 @@ async def idle_connections(server: Launched) -> AsyncIterator[None]:
             for _, writer in idle:
                 with contextlib.suppress(ConnectionError):
                     writer.write(live)
-                await asyncio.sleep(5.0 / IDLE)
+                await asyncio.sleep(REQUEST_EVERY_S / IDLE)
 
     async def drip() -> None:
         for _, writer in slow:
@@ -339,13 +343,14 @@ class Levels:
             server.wait_until_ready()
             alone = self._alone(server) if compares else []
             uvloop.run(self._measure(server, Level(), steady))  # warm
-            for _ in range(self._rounds):
-                shares = []
-                for level, each in ((row.steady, steady), (row.loaded, load)):
-                    shares.append(uvloop.run(self._measure(server, level, each)))
+            for number in range(self._rounds):
+                rates: dict[bool, float] = {}
+                for loaded in (True, False) if number % 2 else (False, True):  # in turn first
+                    level = row.loaded if loaded else row.steady
+                    rates[loaded] = uvloop.run(self._measure(server, level, load if loaded else steady))
                     wait_until_idle(server)
                     level.router_mib = server.processes()["router"].memory_info().rss / 2**20
-                row.shares.append(shares[1] / shares[0])
+                row.shares.append(rates[True] / rates[False])
             if compares and alone != self._alone(server):
                 row.loaded.num_broken += 1
             assert server.stop() == 0
@@ -391,9 +396,13 @@ def table(rows: list[Row]) -> str:
         shares = " ".join(f"{share:.2f}" for share in row.shares)
         lines += [
             _line(f"{row.name}: steady", row.steady, ""),
-            _line(row.name, row.loaded, f"**{statistics.median(row.shares):.2f}** ({shares})"),
+            _line(row.name, row.loaded, f"**{statistics.median(row.shares):.2f}** ({shares}); all {_all(row):.2f}"),
         ]
     return "\n".join(lines)
+
+
+def _all(row: Row) -> float:
+    return row.loaded.tokens_per_s / row.steady.tokens_per_s
 
 
 def _line(name: str, level: Level, share: str) -> str:
@@ -409,8 +418,8 @@ def _line(name: str, level: Level, share: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=15.0, help="of a turn")
-    parser.add_argument("--rounds", type=int, default=5, help="of steady load and a level each")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=8, help="of steady load and a level each")
     parser.add_argument("--impatient", action="store_true", help="refused clients come back at once")
     parser.add_argument("--reconnect", action="store_true", help="each request has a connection of its own")
     parser.add_argument("--share-cores", action="store_true", help="of the server with its clients")
